@@ -1,0 +1,1 @@
+"""What an owner keeps on its own disk."""

@@ -1,0 +1,145 @@
+"""An owner's record of what its data was charged for, on disk before anything is trained."""
+
+import json
+import sqlite3
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from shared.errors import InputError
+from shared.privacy.releases import DpSgdRelease
+
+# Epsilon is not a column: it is derived from the releases, so a better accountant re-reads the same rows.
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS charges (
+    number INTEGER PRIMARY KEY,
+    run_id TEXT NOT NULL,
+    server_round INTEGER NOT NULL,
+    release TEXT NOT NULL,       -- JSON; 'null' where a simulation trained without privacy
+    job_digest TEXT NOT NULL,
+    seeded INTEGER NOT NULL,     -- 1: the noise can be repeated, so it is not private
+    status TEXT NOT NULL CHECK (status IN ('reserved', 'committed'))
+)
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Charge:
+    """One release an owner may have made.
+
+    Args:
+        release: None where a simulation trained without privacy.
+        job_digest: of the request it answers.
+        seeded: the noise can be repeated, so the same request gives the same release.
+        status: ``reserved`` before training, ``committed`` once the reply is on disk.
+    """
+
+    run_id: str
+    server_round: int
+    release: DpSgdRelease | None
+    job_digest: str
+    seeded: bool
+    status: Literal["reserved", "committed"] = "reserved"
+
+
+class Ledger:
+    """Charges in the order they were made; use as a context manager.
+
+    Guarantee:
+        A charge that :meth:`reserve` returned from survives a crash or a power cut, and two
+        processes never decide on the same sum.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the ledger at ``path``.
+
+        Raises:
+            InputError: the file is not a ledger or cannot be written.
+        """
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(path, timeout=30, isolation_level=None)
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = FULL")  # in WAL mode, the only level that survives a power cut
+            self._database.execute(_SCHEMA)
+        except (sqlite3.Error, OSError) as error:
+            raise self._unusable(error) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._database.close()
+
+    def charges(self) -> tuple[Charge, ...]:
+        """Every charge, reserved ones too: a release may have left before the crash."""
+        columns = "run_id, server_round, release, job_digest, seeded, status"
+        try:
+            rows = self._database.execute(f"SELECT {columns} FROM charges ORDER BY number").fetchall()
+            return tuple(
+                Charge(
+                    run_id=run_id,
+                    server_round=server_round,
+                    release=DpSgdRelease.from_dict(values) if (values := json.loads(release)) else None,
+                    job_digest=digest,
+                    seeded=bool(seeded),
+                    status=status,
+                )
+                for run_id, server_round, release, digest, seeded, status in rows
+            )
+        except (sqlite3.Error, ValueError) as error:
+            raise self._unusable(error) from None
+
+    def releases(self) -> tuple[DpSgdRelease | None, ...]:
+        return tuple(charge.release for charge in self.charges())
+
+    def latest(self, run_id: str, server_round: int) -> Charge | None:
+        """The last charge for one request, or None."""
+        asked = [c for c in self.charges() if (c.run_id, c.server_round) == (run_id, server_round)]
+        return asked[-1] if asked else None
+
+    def reserve(self, charge: Charge, *, allow: Callable[[Sequence[DpSgdRelease | None]], None]) -> None:
+        """Append ``charge``, unless ``allow`` raises when shown all releases with it.
+
+        The rows stay locked in between, so two rounds at once cannot both fit the last of a budget.
+        """
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            raise self._unusable(error) from None
+        try:
+            allow((*self.releases(), charge.release))
+            release = json.dumps(charge.release.to_dict() if charge.release else None)
+            self._database.execute(
+                "INSERT INTO charges (run_id, server_round, release, job_digest, seeded, status)"
+                " VALUES (?, ?, ?, ?, ?, 'reserved')",
+                (charge.run_id, charge.server_round, release, charge.job_digest, int(charge.seeded)),
+            )
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise self._unusable(error) from None
+        finally:
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+
+    def commit(self, run_id: str, server_round: int) -> None:
+        """Mark the last charge for one request as answered; call once its reply is on disk."""
+        try:
+            self._database.execute(
+                "UPDATE charges SET status = 'committed' WHERE number ="
+                " (SELECT max(number) FROM charges WHERE run_id = ? AND server_round = ?)",
+                (run_id, server_round),
+            )
+        except sqlite3.Error as error:
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: Exception) -> InputError:
+        return InputError(
+            f"the ledger at {self._path} cannot be used ({error}). Nothing is trained without it: restore it or make"
+            " room on its disk, but never start an empty one for the same data."
+        )

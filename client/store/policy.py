@@ -1,0 +1,55 @@
+"""What an owner allows, whatever a server asks for."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+from shared.errors import InputError
+from shared.wire.files import write_atomically
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """An owner's own terms.
+
+    Args:
+        epsilon: ceiling over every release ever made from this data; None for no ceiling, which
+            only a simulated owner may have.
+        delta: at which epsilon is read.
+        catalogue_hash: of the public catalogue that the owner's item positions refer to.
+    Raises:
+        InputError: a number is missing or out of range.
+    """
+
+    epsilon: float | None
+    delta: float
+    catalogue_hash: str
+
+    def __post_init__(self) -> None:
+        if self.epsilon is not None and not (math.isfinite(self.epsilon) and self.epsilon > 0):
+            raise InputError(
+                f"policy: epsilon must be finite and greater than 0, or null for none; not {self.epsilon!r}"
+            )
+        if not (math.isfinite(self.delta) and 0 < self.delta < 1):
+            raise InputError(f"policy: delta must lie between 0 and 1, both excluded; not {self.delta!r}")
+        if not self.catalogue_hash:
+            raise InputError("policy: catalogue_hash is empty")
+
+    def save(self, directory: Path) -> None:
+        content = json.dumps(asdict(self), indent=2, allow_nan=False)
+        write_atomically(directory / "policy.json", content.encode())
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read ``directory/policy.json``.
+
+        Raises:
+            InputError: it is missing, unreadable, or has a field too few or too many.
+        """
+        path = directory / "policy.json"
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"no usable policy at {path} ({error}): nothing is trained without one.") from None

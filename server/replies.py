@@ -1,0 +1,65 @@
+"""Let into the average only what an owner was asked for."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from flwr.app import Message, MetricRecord, RecordDict
+
+from server.plan import FederationPlan
+from server.strategies import PUBLIC_WEIGHT
+from shared.errors import InputError
+from shared.generators.multvae import Weights
+from shared.wire.messages import WEIGHTS, OwnerFailed, TrainReply
+
+
+def read_replies(
+    messages: Iterable[Message], plan: FederationPlan, *, server_round: int, sent: Weights, owners: dict[int, str]
+) -> list[tuple[TrainReply, Message]]:
+    """The replies of one round, checked and in the order of owners' names.
+
+    In the order of names, because a sum of floats depends on its order and replies arrive in any.
+    Nodes that only reported a transport error are left out; the round records them as missing.
+
+    Raises:
+        RefusedError, InputError, OwnerFailed: an owner said no, or sent what was not asked for.
+    """
+    read: dict[str, tuple[TrainReply, Message]] = {}
+    for message in messages:
+        if message.has_error():
+            continue
+        owner = owners.get(message.metadata.src_node_id)
+        if owner is None or owner in read:
+            raise InputError(
+                f"round {server_round}: a reply from {owner or 'a node that never said hello'} was not expected."
+            )
+        try:
+            reply = TrainReply.from_record(message.content, metrics_expected=plan.collect_metrics)
+        except OwnerFailed as failure:
+            raise OwnerFailed(f"round {server_round}, {owner}: {failure}") from None
+        _check(reply, plan, server_round=server_round, sent=sent, owner=owner)
+        read[owner] = reply, message
+    return [read[owner] for owner in sorted(read)]
+
+
+def for_strategy(reply: TrainReply, message: Message, plan: FederationPlan) -> Message:
+    """The reply as a strategy averages it: its weights, and the public number it counts by."""
+    weight = MetricRecord({PUBLIC_WEIGHT: float(plan.weights.get(reply.owner, 1.0))})
+    message.content = RecordDict({WEIGHTS: message.content.array_records[WEIGHTS], "weight": weight})
+    return message
+
+
+def _check(reply: TrainReply, plan: FederationPlan, *, server_round: int, sent: Weights, owner: str) -> None:
+    where = f"round {server_round}: the reply of {owner}"
+    if reply.owner != owner:
+        raise InputError(f"{where} is signed {reply.owner!r}.")
+    if reply.server_round != server_round:
+        raise InputError(f"{where} answers round {reply.server_round}.")
+    if reply.release != plan.terms.release:
+        raise InputError(f"{where} charged {reply.release}, the plan asked for {plan.terms.release}.")
+    if list(reply.weights) != list(sent):
+        raise InputError(f"{where} has the arrays {sorted(reply.weights)[:3]}…, expected {sorted(sent)[:3]}….")
+    for name, values in reply.weights.items():
+        if (values.shape, values.dtype) != (sent[name].shape, np.dtype(np.float32)):
+            raise InputError(f"{where}: {name} is {values.dtype} {values.shape}, expected float32 {sent[name].shape}.")
+        if not np.isfinite(values).all():
+            raise InputError(f"{where}: {name} holds a number that is not finite; nothing was averaged.")

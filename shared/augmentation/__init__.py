@@ -1,0 +1,1 @@
+"""Synthetic users: drawn, weighted, traced."""

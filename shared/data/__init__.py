@@ -1,0 +1,1 @@
+"""Users' interactions: read, checked, indexed, split."""

@@ -1,0 +1,1 @@
+"""Models of user behaviour that can be sampled."""

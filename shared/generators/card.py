@@ -1,0 +1,131 @@
+"""A generator on disk: its weights, with a card that says what they may be used for."""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from shared.errors import InputError
+from shared.files import write_bytes, write_json
+from shared.generators.multvae import GeneratorSpec, MultVAE, Weights, model_from
+
+SEEDED_NOISE = "seeded, not private"
+NO_NOISE = "none, not private"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratorCard:
+    """What a recipient must know of a generator.
+
+    Args:
+        catalogue: ``{"hash", "version", "source", "num_items"}``, with the item ids beside the card.
+        epsilon: what an owner paid at ``delta``; infinity without privacy.
+        noise: ``local``, or why it protects nobody.
+        privacy_unit: whose presence is hidden.
+        releases: per owner, what the price was computed from.
+        max_items_per_user: the contribution bound, public.
+    """
+
+    spec: GeneratorSpec
+    catalogue: dict[str, Any]
+    epsilon: float
+    delta: float
+    noise: str
+    privacy_unit: str
+    releases: dict[str, list[dict[str, Any]]]
+    max_items_per_user: int
+
+    @property
+    def exportable(self) -> bool:
+        """Whether the generator, and users drawn from it, may leave the owners."""
+        return self.noise not in (SEEDED_NOISE, NO_NOISE) and math.isfinite(self.epsilon)
+
+
+@dataclass(frozen=True, slots=True)
+class Generator:
+    """A trained model, its card, its identity and the public items it speaks of."""
+
+    model: MultVAE
+    card: GeneratorCard
+    generator_id: str
+    item_ids: tuple[str, ...]
+
+
+def generator_id(weights: Weights) -> str:
+    """Sixteen hexadecimal digits that name these weights."""
+    return hashlib.sha256(save_tensors(dict(weights))).hexdigest()[:16]
+
+
+def save_generator(directory: Path, weights: Weights, card: GeneratorCard, item_ids: tuple[str, ...]) -> str:
+    """Write ``model.safetensors``, ``items.json`` and last ``card.json``; return the generator's id."""
+    directory.mkdir(parents=True, exist_ok=True)
+    identity = generator_id(weights)
+    write_bytes(directory / "model.safetensors", save_tensors(dict(weights)))
+    write_json(directory / "items.json", list(item_ids))
+    write_json(
+        directory / "card.json",
+        {
+            "format": _FORMAT,
+            "generator_id": identity,
+            "spec": card.spec.to_dict(),
+            "catalogue": card.catalogue,
+            "privacy": {
+                "epsilon": card.epsilon,
+                "delta": card.delta,
+                "unit": card.privacy_unit,
+                "neighbours": "add or remove one user",
+                "noise": card.noise,
+                "releases": card.releases,
+            },
+            "max_items_per_user": card.max_items_per_user,
+            "exportable": card.exportable,
+        },
+    )
+    return identity
+
+
+def load_generator(directory: Path) -> Generator:
+    """Read what :func:`save_generator` wrote.
+
+    Raises:
+        InputError: a file is missing or damaged, or the weights are not those the card names.
+    """
+    try:
+        stored = json.loads((directory / "card.json").read_text())
+        content = (directory / "model.safetensors").read_bytes()
+        item_ids = tuple(json.loads((directory / "items.json").read_text()))
+        if stored["format"] != _FORMAT:
+            raise InputError(f"{directory}: card format {stored['format']}, this version reads {_FORMAT}.")
+        privacy = stored["privacy"]
+        card = GeneratorCard(
+            spec=GeneratorSpec.from_dict(stored["spec"]),
+            catalogue=stored["catalogue"],
+            epsilon=float(privacy["epsilon"]),
+            delta=float(privacy["delta"]),
+            noise=privacy["noise"],
+            privacy_unit=privacy["unit"],
+            releases=privacy["releases"],
+            max_items_per_user=int(stored["max_items_per_user"]),
+        )
+        weights = load_tensors(content)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{directory}: no generator there ({Path(error.filename).name} is missing). Give the"
+            " generator folder of a finished run, such as RUN/generator."
+        ) from None
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise InputError(f"{directory}: the generator cannot be read ({error}). Copy it again from its run.") from None
+    identity = generator_id(weights)
+    if identity != stored["generator_id"] or len(item_ids) != card.spec.num_items:
+        raise InputError(
+            f"{directory}: the weights ({identity}, {len(item_ids)} items) are not those of the card"
+            f" ({stored['generator_id']}, {card.spec.num_items} items). Copy the whole folder again."
+        )
+    return Generator(model_from(card.spec, weights), card, identity, item_ids)

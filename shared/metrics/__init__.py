@@ -1,0 +1,1 @@
+"""Ranking quality, measured on the whole catalogue."""

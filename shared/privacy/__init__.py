@@ -1,0 +1,1 @@
+"""Privacy arithmetic: releases, their price, the noise a price buys."""

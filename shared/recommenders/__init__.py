@@ -1,0 +1,1 @@
+"""Recommenders trained at home on real and synthetic users."""

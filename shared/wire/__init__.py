@@ -1,0 +1,1 @@
+"""The messages in which client and server meet."""

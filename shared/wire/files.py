@@ -1,0 +1,43 @@
+"""Write a file so that a crash leaves the old one or the new one, never half of one."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from shared.errors import InputError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content`` and wait until the disk has it.
+
+    Raises:
+        InputError: the disk is full or the folder cannot be written; ``path`` is as it was.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(
+            f"cannot write {len(content):,} bytes to {path}: {error.strerror or error}. Nothing was half-written;"
+            " make room or choose another folder, then resume the run."
+        ) from None
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    # Without this the new name may be lost with the power, although the content is on the disk.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

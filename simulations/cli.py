@@ -1,0 +1,191 @@
+"""The command line: each command parses, calls one function and prints."""
+
+import errno
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from shared.config import Scenario, load_scenario
+from shared.errors import FedAugError, InputError
+
+app = typer.Typer(
+    name="fedaug",
+    help="Federated augmentation for recommenders: train one private generator together, augment at home.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Form(StrEnum):
+    """Formats that synthetic users are written in."""
+
+    parquet = "parquet"
+    csv = "csv"
+    recbole = "recbole"
+
+
+ScenarioFile = Annotated[Path | None, typer.Argument(help="Scenario in TOML; without one the built-in sample is run.")]
+DataPath = Annotated[Path | None, typer.Option("--data", help="Interactions: Parquet, CSV, SQL, RecBole or MovieLens.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder to create; default runs/COMMAND-DATE-TIME.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="First seed of every stream of chance.")]
+Engine = Annotated[str | None, typer.Option("--engine", help="inprocess or flower.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, for example data.num_owners=20.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the price in epsilon; train nothing.")]
+Resume = Annotated[Path | None, typer.Option("--resume", help="Go on with this run folder where it stopped.")]
+SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Count and skip rows that cannot be read.")]
+
+
+@app.command()
+def simulate(
+    scenario: ScenarioFile = None,
+    data: DataPath = None,
+    out: Out = None,
+    seed: Seed = None,
+    engine: Engine = None,
+    settings: Settings = None,
+    skip_bad_rows: SkipBadRows = False,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Run a whole federation on this machine: train, synthesise, recommend, and price it."""
+    from simulations import commands
+
+    if resume is not None:
+        given = (scenario, data, out, seed, engine, settings, skip_bad_rows or None)
+        if any(value is not None for value in given):
+            raise InputError("--resume goes on with the run's own scenario; leave the other options out.")
+        commands.resume(resume, as_json=as_json)
+        return
+    chosen = _scenario(scenario, data, seed, engine, settings, skip_bad_rows)
+    if dry_run:
+        commands.price(chosen, as_json=as_json)
+    else:
+        commands.simulate(chosen, _run_folder(out, "simulate"), as_json=as_json)
+
+
+@app.command()
+def study(
+    scenario: ScenarioFile = None,
+    data: DataPath = None,
+    out: Out = None,
+    seed: Seed = None,
+    engine: Engine = None,
+    settings: Settings = None,
+    skip_bad_rows: SkipBadRows = False,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Compare local, federated, federated without privacy and central training on held-out users."""
+    from simulations import commands
+
+    if resume is not None:
+        given = (scenario, data, out, seed, engine, settings, skip_bad_rows or None)
+        if any(value is not None for value in given):
+            raise InputError("--resume goes on with the study's own scenario; leave the other options out.")
+        commands.resume(resume, as_json=as_json)
+        return
+    chosen = _scenario(scenario, data, seed, engine, settings, skip_bad_rows)
+    if dry_run:
+        commands.price(chosen, as_json=as_json)
+    else:
+        commands.study(chosen, _run_folder(out, "study"), as_json=as_json)
+
+
+@app.command()
+def synthesize(
+    generator: Annotated[Path, typer.Option(help="Generator folder, such as RUN/generator.")],
+    users: Annotated[int, typer.Option(min=1, help="How many users to draw.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    form: Annotated[Form, typer.Option("--format", help="Format of the file.")] = Form.parquet,
+    items_per_user: Annotated[int, typer.Option(min=1, help="Mean length of a history.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the synthesis; it protects nobody.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Draw users from a trained generator, each row with its lineage."""
+    from simulations import commands
+
+    commands.synthesize(
+        generator, users, out, form=form.value, items_per_user=items_per_user, seed=seed, as_json=as_json
+    )
+
+
+def _scenario(
+    path: Path | None,
+    data: Path | None,
+    seed: int | None,
+    engine: str | None,
+    settings: list[str] | None,
+    skip_bad_rows: bool,
+) -> Scenario:
+    overrides = list(settings or [])
+    if data is not None:
+        overrides.append(f"data.path={json.dumps(str(data))}")
+    if engine is not None:
+        overrides.append(f"federation.engine={json.dumps(engine)}")
+    if skip_bad_rows:
+        overrides.append("data.skip_bad_rows=true")
+    return load_scenario(path, overrides, seed=seed)
+
+
+def _run_folder(out: Path | None, command: str) -> Path:
+    folder = out or Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(
+            f"{folder} exists and is not empty. Choose another --out, or go on with that run:"
+            f" fedaug {command} --resume {folder}"
+        )
+    return folder
+
+
+def main() -> None:
+    """Entry point of ``fedaug``: our own errors become one message and their exit code."""
+    sys.exit(run(app))
+
+
+def run(command: Callable[..., Any]) -> int:
+    """Call ``command`` on the process arguments and return the exit code of docs/cli.md."""
+    try:
+        command(standalone_mode=False)
+        return 0
+    except FedAugError as error:
+        return _fail(str(error), error.exit_code)
+    except typer.Exit as request:
+        return request.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("stopped. Go on later with --resume RUN.", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        advice = "Make room or choose another --out; a started run goes on with --resume RUN."
+        return _fail(f"cannot write{where}: {error.strerror}. {advice}", 2)
+    except Exception as error:
+        show = getattr(error, "show", None)  # a usage error of the parser knows how to print itself
+        if callable(show):
+            show()
+            return 2
+        traceback.print_exc()
+        return _fail(f"this is a bug in fedaug, not in your input: {type(error).__name__}: {error}", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    if "--json" in sys.argv:
+        print(json.dumps({"error": message, "exit_code": code}))
+    Console(stderr=True, highlight=False).print(f"[red]fedaug:[/red] {message}", soft_wrap=True, markup=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""What each command of the command line does, and the screen it leaves."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from shared.augmentation.lineage import encode_table, synthetic_table
+from shared.augmentation.synthesis import synthesise_users
+from shared.augmentation.weighting import regime
+from shared.config import Scenario
+from shared.errors import InputError
+from shared.files import finite, write_bytes, write_json
+from shared.generators.card import load_generator
+from simulations.outcomes import SeedOutcome
+from simulations.owners import build_federation
+from simulations.pricing import price_of
+from simulations.report import render_report
+from simulations.run import FinishedRun, read_run, run_seed, start_run
+from simulations.study import arms_table, collect, owners_table, verdict
+from simulations.talk import Talk
+
+
+def simulate(scenario: Scenario, run_dir: Path, *, as_json: bool) -> None:
+    """Run one seed in ``run_dir`` and show what it cost and brought."""
+    start_run(scenario, run_dir, command="simulate")
+    _finish_simulation(scenario, run_dir, as_json=as_json)
+
+
+def study(scenario: Scenario, run_dir: Path, *, as_json: bool) -> None:
+    """Run every seed of a study in ``run_dir`` and compare the arms."""
+    start_run(scenario, run_dir, command="study")
+    _finish_study(scenario, run_dir, as_json=as_json)
+
+
+def resume(run_dir: Path, *, as_json: bool) -> None:
+    """Go on with a run or a study where it stopped."""
+    scenario, record = read_run(run_dir)
+    if record.get("command") == "study":
+        _finish_study(scenario, run_dir, as_json=as_json)
+    else:
+        _finish_simulation(scenario, run_dir, as_json=as_json)
+
+
+def price(scenario: Scenario, *, as_json: bool) -> None:
+    """Show what a run would cost in epsilon; train nothing."""
+    found = price_of(scenario, build_federation(scenario, seed=scenario.seed))
+    name, sentence = regime(found.users_times_epsilon)
+    if as_json:
+        _print_json({**found.to_dict(), "regime": name})
+        return
+    console = Console(highlight=False)
+    if found.release is None:
+        console.print("epsilon: infinite. The generator would be trained WITHOUT privacy.", soft_wrap=True)
+    else:
+        console.print(
+            f"epsilon {found.epsilon:.3f} at delta {found.delta:.3g}, for each user of each owner\n"
+            f"  noise multiplier {found.release.noise_multiplier:g}, sample rate {found.release.sample_rate:g},"
+            f" {found.release.num_steps} steps\n"
+            f"  declared users {found.declared_users} ({found.sources['declared_users']}),"
+            f" at most {found.max_users} at one owner ({found.sources['max_users']})",
+            soft_wrap=True,
+        )
+    console.print(sentence, soft_wrap=True)
+
+
+def synthesize(
+    directory: Path,
+    users: int,
+    out: Path,
+    *,
+    form: Literal["parquet", "csv", "recbole"],
+    items_per_user: int,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Draw users from the generator in ``directory`` and write them to ``out``."""
+    generator = load_generator(directory)
+    bound = generator.card.max_items_per_user
+    histories = synthesise_users(
+        generator.model,
+        num_users=users,
+        items_per_user=min(items_per_user, bound),
+        max_items_per_user=bound,
+        seed=seed,
+    )
+    exportable = generator.card.exportable
+    table = synthetic_table(histories, generator.item_ids, generator_id=generator.generator_id, exportable=exportable)
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}. Create it first.")
+    write_bytes(out, encode_table(table, form))
+    result = {
+        "out": str(out),
+        "users": users,
+        "interactions": histories.num_interactions,
+        "generator_id": generator.generator_id,
+        "lineage": "exportable" if exportable else "internal",
+    }
+    if as_json:
+        _print_json(result)
+        return
+    with Talk() as talk:
+        if not exportable:
+            talk.warn(
+                f"This generator's noise is {generator.card.noise}: every row is marked internal and must not leave."
+            )
+    Console(highlight=False).print(
+        f"{users} synthetic users, {histories.num_interactions} interactions, written to {out}", soft_wrap=True
+    )
+
+
+def _finish_simulation(scenario: Scenario, run_dir: Path, *, as_json: bool) -> None:
+    with Talk(quiet=as_json) as talk:
+        finished = run_seed(scenario, run_dir, talk=talk)
+    result = _results(scenario, run_dir, [finished])
+    if as_json:
+        _print_json({**finished.run, "study": result, "out": str(run_dir)})
+        return
+    console = Console(highlight=False)
+    console.print(owners_table(result))
+    _closing(console, result, finished.run, run_dir)
+
+
+def _finish_study(scenario: Scenario, run_dir: Path, *, as_json: bool) -> None:
+    finished: list[FinishedRun] = []
+    with Talk(quiet=as_json) as talk:
+        for number in range(scenario.study.seeds):
+            seed = scenario.seed + number
+            talk.say(f"[bold]Seed {seed}[/bold] ({number + 1} of {scenario.study.seeds})")
+            folder = run_dir / "seeds" / f"seed-{seed}"
+            one = scenario.model_copy(update={"seed": seed})
+            if not (folder / "run.json").exists():
+                start_run(one, folder, command="simulate")
+            finished.append(_finished_seed(folder) or run_seed(one, folder, talk=talk))
+            finished[-1].outcome.save(folder / "outcome.json")
+    run = {**finished[0].run, "command": "study", "scenario": scenario.model_dump(mode="json")}
+    write_json(run_dir / "run.json", run)
+    result = _results(scenario, run_dir, finished)
+    if as_json:
+        _print_json({**result, "out": str(run_dir)})
+        return
+    console = Console(highlight=False)
+    console.print(arms_table(result))
+    console.print(owners_table(result))
+    _closing(console, result, run, run_dir)
+
+
+def _finished_seed(folder: Path) -> FinishedRun | None:
+    """A seed that ended before the study was stopped, or None."""
+    if not (folder / "outcome.json").exists():
+        return None
+    return FinishedRun(SeedOutcome.load(folder / "outcome.json"), read_run(folder)[1])
+
+
+def _results(scenario: Scenario, run_dir: Path, finished: list[FinishedRun]) -> dict[str, Any]:
+    """Write study.json and report.html; return the former."""
+    run = read_run(run_dir)[1]
+    result = collect(
+        [one.outcome for one in finished],
+        metric=scenario.study.metric,
+        epsilon=float(run["public_numbers"]["epsilon"]),
+        delta=run["public_numbers"]["delta"],
+        num_resamples=scenario.study.bootstrap,
+        peak_rss_mib=max(one.run["peak_rss_mib"] for one in finished),
+    )
+    write_json(run_dir / "study.json", result)
+    write_bytes(run_dir / "report.html", render_report(result, run).encode())
+    return result
+
+
+def _closing(console: Console, result: dict[str, Any], run: dict[str, Any], run_dir: Path) -> None:
+    console.print(verdict(result), soft_wrap=True)
+    console.print(run["regime"]["sentence"], soft_wrap=True)
+    console.print(f"Report: {run_dir / 'report.html'}", soft_wrap=True)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(finite(value), allow_nan=False))

@@ -1,0 +1,139 @@
+"""Load a scenario's data as a federation of owners, each with its held-out part apart."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from shared.config import Columns, DataSection, Scenario
+from shared.data.catalogue import Catalogue, catalogue_from
+from shared.data.indexing import IndexedUsers, index_users
+from shared.data.interactions import Interactions
+from shared.data.readers import read_interactions
+from shared.data.splits import Split, split_histories, time_cut
+from shared.errors import InputError
+from shared.rng import stream
+from simulations.partition import partition_users
+
+SAMPLE = Path(__file__).parent / "sample" / "interactions.parquet"
+SAMPLE_CATALOGUE = Path(__file__).parent / "sample" / "catalogue.json"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OwnerData:
+    """One simulated owner of ``num_users`` users; ``name`` serves as a folder's name."""
+
+    name: str
+    split: Split
+    num_users: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Federation:
+    """Owners over one catalogue.
+
+    Args:
+        owners: sorted by name.
+        assumed_public: what was computed across users and would have to be public in a real federation, JSON-able.
+        counts: what was read and what was left out, by reason; private in a real federation.
+    """
+
+    catalogue: Catalogue
+    owners: tuple[OwnerData, ...]
+    assumed_public: dict[str, str | int]
+    counts: dict[str, int]
+
+
+def build_federation(scenario: Scenario, *, seed: int) -> Federation:
+    """Read, index, deal and split the data of ``scenario``; the built-in sample where it names none.
+
+    The same scenario and seed give the same federation.
+
+    Raises:
+        InputError: the data cannot be used as asked.
+        LeakError: a split would leak.
+    """
+    data, study = scenario.data, scenario.study
+    if data.num_owners < scenario.federation.min_owners:
+        raise InputError(
+            f"data.num_owners={data.num_owners}, but a federation has at least federation.min_owners="
+            f"{scenario.federation.min_owners} owners. Raise data.num_owners; who is alone trains alone."
+        )
+    interactions = _read(data)
+    catalogue, assumed_public = _catalogue(data, interactions)
+    users = index_users(
+        interactions,
+        catalogue,
+        min_interactions=data.min_interactions,
+        max_items_per_user=data.max_items_per_user,
+        # A catalogue cut from this data leaves rows outside by intention.
+        outside_catalogue=data.outside_catalogue if data.top_items is None else "count",
+        by_institution=data.split == "institution",
+    )
+    parts = partition_users(
+        users,
+        kind=data.split,
+        num_owners=data.num_owners,
+        users_per_owner=data.users_per_owner,
+        dirichlet_alpha=data.dirichlet_alpha,
+        rng=stream(seed, "partition"),
+    )
+    cut = None
+    if study.holdout == "time":
+        dealt = users.histories.select(np.concatenate(list(parts.values())))
+        cut = assumed_public["time_cut"] = time_cut(dealt, study.holdout_share)
+    owners = []
+    for name, positions in parts.items():
+        try:
+            split = split_histories(
+                users.histories.select(positions),
+                holdout=study.holdout,
+                holdout_share=study.holdout_share,
+                fold_in_share=study.fold_in_share,
+                rng=stream(seed, "holdout", name),
+                cut=cut,
+            )
+        except InputError as error:
+            raise InputError(f"owner {name}: {error}") from None
+        owners.append(OwnerData(name, split, len(positions)))
+    return Federation(catalogue, tuple(owners), assumed_public, _counts(interactions, users, parts))
+
+
+def _read(data: DataSection) -> Interactions:
+    if not data.path:
+        return read_interactions(SAMPLE, columns=Columns())
+    interactions = read_interactions(
+        data.path, columns=data.columns, format=data.format, table=data.table, skip_bad_rows=data.skip_bad_rows
+    )
+    return interactions.counting(data.behaviours)
+
+
+def _catalogue(data: DataSection, interactions: Interactions) -> tuple[Catalogue, dict[str, str | int]]:
+    if data.catalogue and data.top_items is not None:
+        raise InputError(
+            "data.catalogue and data.top_items exclude each other: a public catalogue is used whole. Leave one out."
+        )
+    if data.catalogue:
+        catalogue = Catalogue.load(Path(data.catalogue))
+    elif not data.path and data.top_items is None:
+        catalogue = Catalogue.load(SAMPLE_CATALOGUE)
+    else:
+        catalogue = catalogue_from(interactions, top_items=data.top_items)
+    assumed: dict[str, str | int] = {}
+    if catalogue.source == "assumed public":
+        assumed["catalogue"] = catalogue.version
+    if data.top_items is not None:
+        assumed["top_items"] = data.top_items
+    return catalogue, assumed
+
+
+def _counts(interactions: Interactions, users: IndexedUsers, parts: dict[str, np.ndarray]) -> dict[str, int]:
+    dealt = sum(len(part) for part in parts.values())
+    return {
+        "rows": interactions.num_rows + sum(interactions.skipped.values()),
+        **interactions.skipped,
+        **users.counts,
+        "users": dealt,
+        "users of no owner": users.histories.num_users - dealt,
+        "interactions": int(sum(users.histories.lengths()[part].sum() for part in parts.values())),
+    }

@@ -1,0 +1,130 @@
+"""What a run will cost, from public numbers alone, before anything runs."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from shared.config import Scenario
+from shared.errors import InputError
+from shared.generators.multvae import GeneratorSpec
+from shared.privacy.accounting import certified_epsilon, default_delta
+from shared.privacy.calibration import calibrate
+from shared.privacy.releases import DpSgdRelease
+from shared.wire.plan import RoundPlan
+from simulations.owners import Federation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """The public numbers of a run and the release they buy.
+
+    Args:
+        declared_users: public total of users of the federation; sets delta.
+        max_users: public bound on the users of one owner; sets the normaliser.
+        release: all steps of the run as one release, or None where epsilon is infinite.
+        epsilon: what that release costs every owner; infinity without privacy.
+        sources: where each public number came from.
+    """
+
+    declared_users: int
+    max_users: int
+    delta: float
+    epsilon: float
+    release: DpSgdRelease | None
+    sources: dict[str, str]
+
+    @property
+    def users_times_epsilon(self) -> float:
+        """N·ε, which tells what differential privacy leaves to be learnt."""
+        return self.declared_users * self.epsilon
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "declared_users": self.declared_users,
+            "max_users": self.max_users,
+            "delta": self.delta,
+            "epsilon": self.epsilon,
+            "release": self.release.to_dict() if self.release else None,
+            "sources": self.sources,
+        }
+
+
+def price_of(scenario: Scenario, federation: Federation) -> Price:
+    """Calibrate the noise of ``scenario`` for its target epsilon.
+
+    A public number that the scenario leaves open is taken from the simulated data, rounded up to
+    two digits, and its source then says so: a real federation declares it.
+
+    Raises:
+        InputError: a declared number is smaller than the data, or delta is too large to protect anyone.
+    """
+    total = sum(owner.num_users for owner in federation.owners)
+    largest = max(owner.split.train.num_users for owner in federation.owners)
+    declared, max_users = scenario.federation.declared_users, scenario.privacy.max_users
+    if max_users is not None and max_users < largest:
+        raise InputError(
+            f"privacy.max_users is {max_users}, but an owner trains on more users than that."
+            " Declare a larger bound; it must hold for every owner."
+        )
+    if declared is not None and declared < total:
+        raise InputError(
+            f"federation.declared_users is {declared}, fewer than the users simulated."
+            " Declare at least their total, or leave it out."
+        )
+    sources = {
+        "declared_users": "assumed public" if declared is None else "scenario",
+        "max_users": "assumed public" if max_users is None else "scenario",
+    }
+    declared = declared or _round_up(total)
+    max_users = max_users or _round_up(largest)
+    delta = scenario.privacy.delta or default_delta(declared)
+    if delta > 1 / declared:
+        raise InputError(
+            f"privacy.delta is {delta:g}, above one over the {declared} declared users: it would allow one"
+            f" user's history to be published whole. Use at most {default_delta(declared):.2g} (the default)."
+        )
+    steps = scenario.federation.rounds * scenario.federation.local_steps
+    release = None
+    if math.isfinite(scenario.privacy.epsilon):
+        release = calibrate(
+            target_epsilon=scenario.privacy.epsilon,
+            delta=delta,
+            sample_rate=scenario.privacy.sample_rate,
+            num_steps=steps,
+            max_users=max_users,
+        )
+    return Price(
+        declared_users=declared,
+        max_users=max_users,
+        delta=delta,
+        epsilon=certified_epsilon([release], delta) if release else math.inf,
+        release=release,
+        sources=sources,
+    )
+
+
+def first_round(scenario: Scenario, price: Price, *, private: bool) -> RoundPlan:
+    """The plan of round 1; later rounds differ in ``server_round`` alone."""
+    section = scenario.federation
+    release = replace(price.release, num_steps=section.local_steps) if private and price.release else None
+    return RoundPlan(
+        server_round=1,
+        num_rounds=section.rounds,
+        num_steps=section.local_steps,
+        sample_rate=scenario.privacy.sample_rate,
+        max_users=price.max_users,
+        max_grad_norm=scenario.privacy.max_grad_norm,
+        learning_rate=section.client_learning_rate,
+        proximal_mu=section.proximal_mu if section.strategy == "fedprox" else 0.0,
+        release=release,
+    )
+
+
+def spec_of(scenario: Scenario, num_items: int) -> GeneratorSpec:
+    """The generator that ``scenario`` asks for, over a catalogue of ``num_items``."""
+    return GeneratorSpec(num_items=num_items, **scenario.generator.model_dump(exclude={"kind"}))
+
+
+def _round_up(number: int) -> int:
+    unit: int = 10 ** max(0, len(str(number)) - 2)
+    return -(-number // unit) * unit

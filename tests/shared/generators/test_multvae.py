@@ -1,0 +1,124 @@
+"""The generator: its loss, its prior, its weights."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from shared.errors import InputError
+from shared.generators.multvae import GeneratorSpec, MultVAE, initial_weights, kl_weight_at, model_from
+
+SPEC = GeneratorSpec(
+    num_items=30,
+    hidden_size=16,
+    latent_size=4,
+    prior="mixture",
+    num_components=3,
+    kl_weight=0.5,
+    kl_anneal_share=0.5,
+    dropout=0.0,
+    popularity_scale=5.0,
+)
+
+
+def model(**changes: object) -> MultVAE:
+    spec = dataclasses.replace(SPEC, **changes)
+    return model_from(spec, initial_weights(spec, 1))
+
+
+def users(count: int = 6) -> torch.Tensor:
+    return (torch.rand(count, SPEC.num_items, generator=torch.Generator().manual_seed(2)) < 0.3).float()
+
+
+@pytest.mark.parametrize("prior", ["gaussian", "mixture"])
+def test_a_users_loss_does_not_depend_on_the_batch(prior):
+    # Without dropout the only chance is the latent draw; a fixed posterior mean isolates it.
+    one = model(prior=prior)
+    with torch.no_grad():
+        one.to_log_variance.weight.zero_()
+        one.to_log_variance.bias.fill_(-60.0)  # a spread of e^-30: no draw matters
+        whole = one.loss(users(), kl_weight=0.0, generator=torch.Generator().manual_seed(0))
+        parts = [one.loss(x[None], kl_weight=0.0, generator=torch.Generator().manual_seed(9)) for x in users()]
+    assert torch.allclose(whole, torch.cat(parts), atol=1e-5)
+
+
+def test_the_likelihood_is_the_multinomial_one():
+    one = model()
+    with torch.no_grad():
+        for parameter in one.parameters():
+            parameter.zero_()  # every item equally likely, whatever the latent
+        loss = one.loss(users(), kl_weight=0.0, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(loss, torch.full((6,), float(np.log(SPEC.num_items))))
+
+
+def test_the_mixture_divergence_of_one_standard_component_is_the_gaussian_one_on_average():
+    mixture, gaussian = model(num_components=1), model(prior="gaussian")
+    with torch.no_grad():
+        mixture.prior_means.values.weight.zero_()
+        shared = {name: value for name, value in mixture.state_dict().items() if not name.startswith("prior")}
+        gaussian.load_state_dict(shared)
+        x, draws = users(1), 4000
+        sampled = [
+            one.loss(x.expand(draws, -1), kl_weight=1.0, generator=torch.Generator().manual_seed(3))
+            for one in (mixture, gaussian)
+        ]
+    # The mixture's is a one-draw estimate of the same number; four standard errors.
+    error = float((sampled[0] - sampled[1]).std()) / draws**0.5
+    assert float((sampled[0] - sampled[1]).mean()) == pytest.approx(0.0, abs=4 * error)
+
+
+def test_the_prior_is_sampled_as_it_is_described():
+    one = model(num_components=2, latent_size=1)
+    with torch.no_grad():
+        one.prior_means.values.weight.copy_(torch.tensor([[-5.0], [5.0]]))
+        one.prior_logits.values.weight.copy_(torch.log(torch.tensor([[0.25], [0.75]])))
+        one.prior_log_variances.values.weight.copy_(torch.log(torch.tensor([[0.01], [0.01]])))
+    latent = one.sample_latent(4000, generator=torch.Generator().manual_seed(0))[:, 0]
+    # 4000 draws know a share of 3/4 to a standard error of 0.7 %.
+    assert float((latent > 0).float().mean()) == pytest.approx(0.75, abs=4 * 0.007)
+    assert float(latent[latent > 0].std()) == pytest.approx(0.1, rel=0.1)
+
+
+def test_training_learns_which_items_go_together():
+    spec = dataclasses.replace(SPEC, kl_weight=0.2)
+    one = model_from(spec, initial_weights(spec, 0))
+    rng = np.random.default_rng(0)
+    data = torch.zeros(400, 30)
+    for user in range(400):
+        half = 15 * (user % 2)
+        data[user, half + rng.choice(15, 6, replace=False)] = 1
+    optimizer, drawing = torch.optim.Adam(one.parameters(), lr=0.02), torch.Generator().manual_seed(0)
+    for _ in range(150):
+        optimizer.zero_grad()
+        one.loss(data, kl_weight=0.2, generator=drawing).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        shares = torch.softmax(one.decode(one.sample_latent(500, generator=drawing)), 1)
+    mass = shares[:, :15].sum(1)
+    # Users of the prior belong to one half or the other; a generator of popularity alone has .5 everywhere.
+    assert float(torch.maximum(mass, 1 - mass).mean()) > 0.8
+    assert 0.3 < float((mass > 0.5).float().mean()) < 0.7
+
+
+def test_annealing_rises_and_stays():
+    weights = [kl_weight_at(SPEC, share_done=share) for share in (0.0, 0.25, 0.5, 0.9)]
+    assert weights == [0.0, 0.25, 0.5, 0.5]
+    assert kl_weight_at(dataclasses.replace(SPEC, kl_anneal_share=0.0), share_done=0.0) == 0.5
+
+
+def test_initial_weights_are_a_function_of_the_seed():
+    first, again, other = initial_weights(SPEC, 1), initial_weights(SPEC, 1), initial_weights(SPEC, 2)
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert any(not np.array_equal(first[name], other[name]) for name in first)
+    assert {value.dtype for value in first.values()} == {np.dtype(np.float32)}
+
+
+def test_weights_that_do_not_fit_are_refused():
+    weights = initial_weights(SPEC, 1)
+    with pytest.raises(InputError, match="first difference at encoder"):
+        model_from(SPEC, {**weights, "encoder.bias": np.zeros(3, dtype=np.float32)})
+    with pytest.raises(InputError, match="not finite"):
+        model_from(SPEC, {**weights, "encoder.bias": np.full(16, np.nan, dtype=np.float32)})
+    with pytest.raises(InputError, match="unexpected keyword"):
+        GeneratorSpec.from_dict({**SPEC.to_dict(), "depth": 3})

@@ -1,0 +1,127 @@
+"""What every recommender promises, checked on each of them."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from shared.config import RecommenderSection
+from shared.data.histories import Histories
+from shared.errors import InputError
+from shared.metrics.ranking import rank
+from shared.recommenders.base import build_recommender, choose_device
+from tests.shared.recommenders.planted import planted_split, planted_users
+
+NUM_ITEMS = 60
+
+
+EPOCHS = {"ease": 1, "multvae": 40, "sasrec": 12}
+
+
+@pytest.fixture(scope="module", params=EPOCHS)
+def recommender(request):
+    section = RecommenderSection(
+        kind=request.param, l2=(0.003,), epochs=EPOCHS[request.param], hidden_size=32, learning_rate=5e-3, device="cpu"
+    )
+    return build_recommender(section, NUM_ITEMS)
+
+
+@pytest.fixture(scope="module")
+def split():
+    return planted_split(100, rng=np.random.default_rng(0))
+
+
+@pytest.fixture(scope="module")
+def fitted(recommender, split):
+    return recommender.fit(split.train, seed=0)
+
+
+def contents(histories):
+    return copy.deepcopy((histories.indptr, histories.items))
+
+
+def test_same_seed_same_scores_for_unseen_users_over_the_whole_catalogue(recommender, fitted, split):
+    first = fitted.scores(split.fold_in)
+    again = recommender.fit(split.train, seed=0).scores(split.fold_in)
+    assert first.shape == (split.fold_in.num_users, NUM_ITEMS)
+    assert first.dtype == np.float32
+    assert np.isfinite(first).all()
+    np.testing.assert_array_equal(first, again)
+
+
+def test_a_user_is_scored_alike_alone_and_in_company(fitted, split):
+    together = fitted.scores(split.fold_in)
+    alone = fitted.scores(split.fold_in.select([4]))
+    np.testing.assert_allclose(alone[0], together[4], atol=1e-4)
+
+
+def test_a_user_without_history_gets_finite_scores(fitted):
+    scores = fitted.scores(Histories.from_rows([[], [1, 2]], NUM_ITEMS))
+    assert np.isfinite(scores).all()
+
+
+def test_inputs_and_global_chance_are_untouched(recommender, split):
+    synthetic = planted_users(80, rng=np.random.default_rng(1))
+    before = [contents(part) for part in (split.train, synthetic, split.fold_in)]
+    numpy_state, torch_state = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    recommender.fit(split.train, synthetic, weight=0.5, seed=0).scores(split.fold_in)
+    for part, (indptr, items) in zip((split.train, synthetic, split.fold_in), before, strict=True):
+        np.testing.assert_array_equal(part.indptr, indptr)
+        np.testing.assert_array_equal(part.items, items)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), torch_state)
+
+
+def test_weight_zero_is_no_synthetic_at_all(recommender, fitted, split):
+    synthetic = planted_users(80, rng=np.random.default_rng(1))
+    without = fitted.scores(split.fold_in)
+    at_zero = recommender.fit(split.train, synthetic, weight=0.0, seed=0).scores(split.fold_in)
+    np.testing.assert_array_equal(without, at_zero)
+
+
+def test_learns_the_structure_that_was_planted(fitted, split):
+    random = 10 / (NUM_ITEMS - 4)  # share of the not yet known items that a list of ten shows
+    learnt = rank(fitted, split.fold_in, split.targets, k=10).recall.mean()
+    assert learnt > 2.5 * random
+
+
+def test_synthetic_users_teach_what_real_users_do_not_show(recommender, split):
+    rng = np.random.default_rng(2)
+    few = planted_users(30, loyalty=1 / 6, rng=rng)  # no structure at all
+    useful = planted_users(150, rng=rng)
+    alone = rank(recommender.fit(few, seed=0), split.fold_in, split.targets, k=10).recall.mean()
+    helped = rank(recommender.fit(few, useful, weight=5.0, seed=0), split.fold_in, split.targets, k=10).recall.mean()
+    assert helped > alone + 0.1
+
+
+def test_a_weight_without_synthetic_users_is_refused(recommender, split):
+    with pytest.raises(InputError, match="Synthesise some or use 0"):
+        recommender.fit(split.train, weight=0.1, seed=0)
+    with pytest.raises(InputError, match="must be 0 or more"):
+        recommender.fit(split.train, split.train, weight=-0.1, seed=0)
+
+
+def test_synthetic_users_of_another_catalogue_are_refused(recommender, split):
+    with pytest.raises(InputError, match="a generator of this catalogue"):
+        recommender.fit(split.train, planted_users(5, num_items=90, rng=np.random.default_rng(0)), weight=1, seed=0)
+
+
+def test_a_device_that_is_named_must_exist():
+    assert choose_device("cpu").type == "cpu"
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(InputError, match="auto, cpu, cuda or cuda:N"):
+        choose_device("gpu")
+    with pytest.raises(InputError, match=r"recommender\.device=auto or cpu"):
+        choose_device("cuda:99")
+    with pytest.raises(InputError, match=r"recommender\.device=auto or cpu"):
+        choose_device("meta")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("kind", ["multvae", "sasrec"])
+def test_learns_on_cuda_too(kind, split):
+    section = RecommenderSection(kind=kind, epochs=EPOCHS[kind], hidden_size=32, learning_rate=5e-3, device="cuda")
+    trained = build_recommender(section, NUM_ITEMS).fit(split.train, split.train, weight=0.5, seed=0)
+    learnt = rank(trained, split.fold_in, split.targets, k=10).recall.mean()
+    assert learnt > 2.5 * 10 / (NUM_ITEMS - 4)
