@@ -81,8 +81,10 @@ class _Trainer:
         self._plan = plan
         self._received = [(p, p.detach().clone()) for p in model.parameters()] if plan.proximal_mu else []
         self._optimizer = torch.optim.SGD(model.parameters(), lr=plan.learning_rate)
-        self._private = plan.release and GhostDpSgd(
-            model, self._optimizer, plan.release, max_grad_norm=plan.max_grad_norm, noise=noise
+        self._private = (
+            GhostDpSgd(model, self._optimizer, plan.release, max_grad_norm=plan.max_grad_norm, noise=noise)
+            if plan.release is not None
+            else None
         )
 
     def step(self, loss_per_user: torch.Tensor) -> None:

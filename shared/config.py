@@ -33,42 +33,52 @@ class _Section(BaseModel):
 class Columns(_Section):
     """Names of the columns in the source."""
 
-    user_id: str = "user_id"
-    item_id: str = "item_id"
-    timestamp: str = "timestamp"
-    rating: str = "rating"
-    behaviour: str = "behaviour"
-    institution: str = "institution"
+    user_id: str = Field("user_id", description="column of the user")
+    item_id: str = Field("item_id", description="column of the item")
+    timestamp: str = Field("timestamp", description="optional: epoch seconds")
+    rating: str = Field("rating", description="optional: only checked, every row counts")
+    behaviour: str = Field("behaviour", description="optional: returns do not count")
+    institution: str = Field("institution", description="optional: names the owner")
 
 
 class DataSection(_Section):
     path: str = Field("", description="file or database; empty for the built-in sample")
-    format: Literal["auto", "parquet", "csv", "sql", "recbole", "movielens"] = "auto"
+    format: Literal["auto", "parquet", "csv", "sql", "recbole", "movielens"] = Field(
+        "auto", description="auto goes by the name of the source"
+    )
     table: str = Field("", description="table or view, for SQL sources")
     columns: Columns = Columns()
     catalogue: str = Field("", description="public catalogue file; empty to take the items seen in the data")
-    outside_catalogue: Literal["refuse", "count"] = "refuse"
+    outside_catalogue: Literal["refuse", "count"] = Field("refuse", description="what to do with items not in it")
     top_items: PositiveInt | None = Field(None, description="keep the most used items (simulation only)")
     min_interactions: PositiveInt = Field(5, description="users with fewer items are left out, each looked at alone")
     max_items_per_user: PositiveInt = Field(1000, description="contribution bound: the newest so many are kept")
-    num_owners: Annotated[int, Field(ge=1)] = 8
-    users_per_owner: PositiveInt | None = None
-    split: Literal["institution", "random", "dirichlet"] = "institution"
-    dirichlet_alpha: Finite = 0.5
+    num_owners: Annotated[int, Field(ge=1)] = Field(8, description="owners of the simulated federation")
+    users_per_owner: PositiveInt | None = Field(None, description="keep so many users of each owner")
+    split: Literal["institution", "random", "dirichlet"] = Field(
+        "institution", description="how users are dealt to owners"
+    )
+    dirichlet_alpha: Finite = Field(0.5, description="for dirichlet: small values make owners differ")
     behaviours: tuple[str, ...] | None = Field(None, description="those that count; default: all but returns")
-    skip_bad_rows: bool = False
+    skip_bad_rows: bool = Field(False, description="count bad rows and leave them out")
 
 
 class FederationSection(_Section):
-    rounds: PositiveInt = 100
+    rounds: PositiveInt = Field(100, description="federated rounds")
     local_steps: PositiveInt = Field(1, description="DP-SGD steps of each owner in a round")
-    strategy: Literal["fedavg", "fedavgm", "fedadam", "fedprox"] = "fedadam"
-    client_learning_rate: Finite = 1.0
-    server_learning_rate: Finite = 0.01
-    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    strategy: Literal["fedavg", "fedavgm", "fedadam", "fedprox"] = Field(
+        "fedadam", description="how the server turns replies into new weights"
+    )
+    client_learning_rate: Finite = Field(1.0, description="of the owners' SGD")
+    server_learning_rate: Finite = Field(0.01, description="for fedavgm and fedadam")
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.9, description="for fedavgm; the first decay of fedadam"
+    )
     proximal_mu: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(0.0, description="for fedprox")
-    min_owners: Annotated[int, Field(ge=2)] = 2
-    engine: Literal["inprocess", "flower"] = "inprocess"
+    min_owners: Annotated[int, Field(ge=2)] = Field(2, description="fewer owners than this do not train")
+    engine: Literal["inprocess", "flower"] = Field(
+        "inprocess", description="one process, or Flower's simulation on Ray"
+    )
     deadline_seconds: Finite = Field(600.0, description="how long a round waits for its owners")
     declared_users: PositiveInt | None = Field(None, description="public total of users; sets delta")
 
@@ -76,60 +86,70 @@ class FederationSection(_Section):
 class PrivacySection(_Section):
     epsilon: Annotated[PositiveFloat, AfterValidator(_not_nan)] = Field(8.0, description="inf trains without privacy")
     delta: Share | None = Field(None, description="default: declared_users ** -1.1")
-    unit: Literal["user"] = "user"
+    unit: Literal["user"] = Field("user", description="whose presence is hidden")
     noise: Literal["local"] = Field("local", description="every owner adds full noise")
     max_users: PositiveInt | None = Field(None, description="public bound on the users of one owner")
-    max_grad_norm: Finite = 0.3
-    sample_rate: Annotated[float, Field(gt=0, le=1)] = 0.2
+    max_grad_norm: Finite = Field(0.3, description="L2 bound on the gradient of one user")
+    sample_rate: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.2, description="chance that a user is in the batch of a step"
+    )
 
 
 class GeneratorSection(_Section):
-    kind: Literal["vae"] = "vae"
-    hidden_size: PositiveInt = 100
-    latent_size: PositiveInt = 32
-    prior: Literal["gaussian", "mixture"] = "mixture"
-    num_components: PositiveInt = 32
-    kl_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.2
+    kind: Literal["vae"] = Field("vae", description="model of user behaviour")
+    hidden_size: PositiveInt = Field(100, description="width of encoder and decoder")
+    latent_size: PositiveInt = Field(32, description="dimensions of the latent space")
+    prior: Literal["gaussian", "mixture"] = Field("mixture", description="mixture is trained with the model")
+    num_components: PositiveInt = Field(32, description="Gaussians of the mixture")
+    kl_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.2, description="weight of the divergence from the prior"
+    )
     kl_anneal_share: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="share of the steps that ramp the KL")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="of the items a user shows the encoder")
     popularity_scale: Finite = Field(5.0, description="how much of the clipped gradient goes to item popularity")
 
 
 class AugmentationSection(_Section):
     users: PositiveInt = Field(30_000, description="synthetic users drawn by every owner")
     items_per_user: PositiveInt = Field(50, description="public mean length of a synthetic history")
-    weights: Annotated[tuple[Weight, ...], AfterValidator(_weights_contain_zero)] = (0.0, 0.1, 0.3, 1.0, 3.0)
-    folds: Annotated[int, Field(ge=2)] = 3
+    weights: Annotated[tuple[Weight, ...], AfterValidator(_weights_contain_zero)] = Field(
+        (0.0, 0.1, 0.3, 1.0, 3.0), description="synthetic ÷ real training mass, to choose from"
+    )
+    folds: Annotated[int, Field(ge=2)] = Field(3, description="parts of the training users, for choosing the weight")
 
 
 class RecommenderSection(_Section):
-    kind: Literal["ease", "multvae", "sasrec"] = "ease"
+    kind: Literal["ease", "multvae", "sasrec"] = Field("ease", description="what owners train at home")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     l2: tuple[Finite, ...] = Field(
         (0.0003, 0.001, 0.003, 0.01, 0.03), description="EASE: ridge penalty ÷ real interactions"
     )
-    epochs: PositiveInt = 50
-    hidden_size: PositiveInt = 64
-    learning_rate: Finite = 1e-3
+    epochs: PositiveInt = Field(50, description="multvae and sasrec: passes over the training data")
+    hidden_size: PositiveInt = Field(64, description="multvae and sasrec: width")
+    learning_rate: Finite = Field(1e-3, description="multvae and sasrec: of Adam")
 
 
 Arm = Literal["local", "federated", "federated_no_dp", "central"]
 
 
 class StudySection(_Section):
-    arms: tuple[Arm, ...] = ("local", "federated", "federated_no_dp", "central")
-    seeds: PositiveInt = 3
-    metric: Literal["ndcg@20", "recall@20"] = "ndcg@20"
-    holdout: Literal["users", "last", "time"] = "users"
-    holdout_share: Share = 0.2
-    fold_in_share: Share = 0.8
-    bootstrap: PositiveInt = 2000
+    arms: tuple[Arm, ...] = Field(
+        ("local", "federated", "federated_no_dp", "central"), description="ways of training to compare"
+    )
+    seeds: PositiveInt = Field(3, description="runs of a study, from `seed` on")
+    metric: Literal["ndcg@20", "recall@20"] = Field("ndcg@20", description="ranked over the whole catalogue")
+    holdout: Literal["users", "last", "time"] = Field(
+        "users", description="test on held-out users, everyone's last item, or what follows a date"
+    )
+    holdout_share: Share = Field(0.2, description="share of users, or of time, held out")
+    fold_in_share: Share = Field(0.8, description="share of a test user's items that the recommender is shown")
+    bootstrap: PositiveInt = Field(2000, description="resamples behind every interval")
 
 
 class Scenario(_Section):
     """Everything a run is told. Frozen: what run.json records is what ran."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of every stream of chance")
     data: DataSection = DataSection()
     federation: FederationSection = FederationSection()
     privacy: PrivacySection = PrivacySection()

@@ -105,8 +105,9 @@ class MultVAE(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         """Item logits of shape ``(num_users, num_items)``."""
-        tastes: Tensor = self.to_logits(torch.tanh(self.decoder(latent)))
-        return tastes + self.spec.popularity_scale * self.popularity(len(latent))
+        tastes = self.to_logits(torch.tanh(self.decoder(latent)))
+        logits: Tensor = tastes + self.spec.popularity_scale * self.popularity(len(latent))
+        return logits
 
     def _divergence(self, latent: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
         if self.spec.prior == "gaussian":
@@ -132,7 +133,8 @@ class MultVAE(nn.Module):
         chosen = torch.multinomial(shares, num_users, replacement=True, generator=generator)
         means = self.prior_means(1).view(components, size)[chosen]
         spread = torch.exp(0.5 * self.prior_log_variances(1).view(components, size)[chosen])
-        return means + spread * normal
+        latent: Tensor = means + spread * normal
+        return latent
 
 
 def kl_weight_at(spec: GeneratorSpec, *, share_done: float) -> float:

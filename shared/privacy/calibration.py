@@ -54,5 +54,5 @@ def calibrate(
 
 
 def _round_up(value: float) -> float:
-    scale = 10 ** (3 - math.floor(math.log10(value)))
+    scale: float = 10.0 ** (3 - math.floor(math.log10(value)))
     return math.ceil(value * scale) / scale

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from flwr.app import Context, RecordDict
 
 from client.app import app as client_app
@@ -56,14 +55,12 @@ def _run_in_process(run_dir: Path, num_owners: int, report: Callable[[], None]) 
     grid = InProcessGrid(client_app, num_owners=num_owners, run_dir=run_dir, between=report)
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={"run-dir": str(run_dir)})
     log = logging.getLogger("flwr")
-    level, num_threads = log.level, torch.get_num_threads()
+    level = log.level
     log.setLevel(logging.WARNING)  # Flower tells each round to stderr, over the caller's progress
-    torch.set_num_threads(1)  # partly a setting of the whole process: owners at work at once must find it alike
     try:
         server_app(grid, context)
     finally:
         log.setLevel(level)
-        torch.set_num_threads(num_threads)
 
 
 class _Reporter:
