@@ -8,7 +8,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from server.rounds import run_rounds
 from shared.errors import FedAugError, InputError
-from shared.wire.files import write_atomically
+from shared.files import write_atomically
 
 app = ServerApp()
 

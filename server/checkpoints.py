@@ -13,8 +13,8 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from shared.errors import InputError
+from shared.files import sha256, write_atomically
 from shared.generators.multvae import Weights
-from shared.wire.files import sha256, write_atomically
 
 # One to go on from, and two to fall back to where the disk lost the newest.
 _KEPT_ROUNDS = 3

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from shared.errors import InputError
+from shared.files import sha256, write_atomically
 from shared.generators.multvae import GeneratorSpec
-from shared.wire.files import sha256, write_atomically
 from shared.wire.plan import RoundPlan
 
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedprox")

@@ -1,36 +1,59 @@
-"""Files that are whole or absent: a crash or a full disk leaves the old one."""
+"""Write a file so that a crash leaves the old one or the new one, never half of one."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from shared.errors import InputError
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``, on disk before this returns."""
-    partial = path.with_name(f".{path.name}.partial")
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content`` and wait until the disk has it.
+
+    Raises:
+        InputError: the disk is full or the folder cannot be written; ``path`` is as it was.
+    """
+    partial = path.with_name(path.name + ".partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
+        _sync_folder(path.parent)
+    except OSError as error:
         partial.unlink(missing_ok=True)
-        raise
+        raise InputError(
+            f"cannot write {len(content):,} bytes to {path}: {error.strerror or error}. Nothing was half-written;"
+            " make room or choose another folder, then resume the run."
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace ``path`` by ``value`` as indented JSON; infinity is written as the text ``"inf"``."""
-    write_bytes(path, (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode())
+    """Write ``value`` as indented JSON by :func:`write_atomically`."""
+    write_atomically(path, (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode())
 
 
 def finite(value: Any) -> Any:
-    """``value`` with infinity as text: JSON has none, and readers in other languages refuse Python's."""
+    """``value`` with infinity as the text ``"inf"``: JSON has none, and readers in other languages refuse Python's."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [finite(inner) for inner in value]
-    if isinstance(value, float) and value == float("inf"):
-        return "inf"
-    return value
+    return "inf" if isinstance(value, float) and value == float("inf") else value
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    # Without this the new name may be lost with the power, although the content is on the disk.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -11,42 +11,54 @@ from shared.augmentation.synthesis import synthesise_users
 from shared.augmentation.weighting import regime
 from shared.config import Scenario
 from shared.errors import InputError
-from shared.files import finite, write_bytes, write_json
+from shared.files import finite, write_atomically, write_json
 from shared.generators.card import load_generator
 from simulations.outcomes import SeedOutcome
 from simulations.owners import build_federation
 from simulations.pricing import price_of
 from simulations.report import render_report
-from simulations.run import FinishedRun, read_run, run_seed, start_run
+from simulations.run import FinishedRun, Prepared, prepare, read_run, run_seed, start_run
 from simulations.study import arms_table, collect, owners_table, verdict
 from simulations.talk import Talk
 
 
 def simulate(scenario: Scenario, run_dir: Path, *, as_json: bool) -> None:
     """Run one seed in ``run_dir`` and show what it cost and brought."""
-    start_run(scenario, run_dir, command="simulate")
-    _finish_simulation(scenario, run_dir, as_json=as_json)
+    with Talk(quiet=as_json) as talk:
+        prepared = prepare(scenario, talk=talk)
+        start_run(scenario, run_dir, command="simulate")
+        finished = run_seed(prepared, run_dir, talk=talk)
+    _show_simulation(scenario, run_dir, finished, as_json=as_json)
 
 
 def study(scenario: Scenario, run_dir: Path, *, as_json: bool) -> None:
     """Run every seed of a study in ``run_dir`` and compare the arms."""
-    start_run(scenario, run_dir, command="study")
-    _finish_study(scenario, run_dir, as_json=as_json)
+    with Talk(quiet=as_json) as talk:
+        first = prepare(scenario, talk=talk)
+        start_run(scenario, run_dir, command="study")
+        finished = _run_seeds(scenario, run_dir, first, talk=talk)
+    _show_study(scenario, run_dir, finished, as_json=as_json)
 
 
 def resume(run_dir: Path, *, as_json: bool) -> None:
     """Go on with a run or a study where it stopped."""
     scenario, record = read_run(run_dir)
+    with Talk(quiet=as_json) as talk:
+        first = prepare(scenario, talk=talk)
+        if record.get("command") == "study":
+            finished = _run_seeds(scenario, run_dir, first, talk=talk)
+        else:
+            finished = [run_seed(first, run_dir, talk=talk)]
     if record.get("command") == "study":
-        _finish_study(scenario, run_dir, as_json=as_json)
+        _show_study(scenario, run_dir, finished, as_json=as_json)
     else:
-        _finish_simulation(scenario, run_dir, as_json=as_json)
+        _show_simulation(scenario, run_dir, finished[0], as_json=as_json)
 
 
 def price(scenario: Scenario, *, as_json: bool) -> None:
     """Show what a run would cost in epsilon; train nothing."""
     found = price_of(scenario, build_federation(scenario, seed=scenario.seed))
-    name, sentence = regime(found.users_times_epsilon)
+    name, sentence = regime(found.users_times_epsilon, found.num_owners)
     if as_json:
         _print_json({**found.to_dict(), "regime": name})
         return
@@ -89,7 +101,7 @@ def synthesize(
     table = synthetic_table(histories, generator.item_ids, generator_id=generator.generator_id, exportable=exportable)
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent}. Create it first.")
-    write_bytes(out, encode_table(table, form))
+    write_atomically(out, encode_table(table, form))
     result = {
         "out": str(out),
         "users": users,
@@ -110,9 +122,28 @@ def synthesize(
     )
 
 
-def _finish_simulation(scenario: Scenario, run_dir: Path, *, as_json: bool) -> None:
-    with Talk(quiet=as_json) as talk:
-        finished = run_seed(scenario, run_dir, talk=talk)
+def _run_seeds(scenario: Scenario, run_dir: Path, first: Prepared, *, talk: Talk) -> list[FinishedRun]:
+    finished: list[FinishedRun] = []
+    for number in range(scenario.study.seeds):
+        seed = scenario.seed + number
+        talk.say(f"[bold]Seed {seed}[/bold] ({number + 1} of {scenario.study.seeds})")
+        folder = run_dir / "seeds" / f"seed-{seed}"
+        found = _finished_seed(folder)
+        if found is None:
+            one = scenario.model_copy(update={"seed": seed})
+            prepared = first if number == 0 else prepare(one, talk=talk)
+            if not (folder / "run.json").exists():
+                start_run(one, folder, command="simulate")
+            found = run_seed(prepared, folder, talk=talk)
+            found.outcome.save(folder / "outcome.json")
+        finished.append(found)
+    write_json(
+        run_dir / "run.json", {**finished[0].run, "command": "study", "scenario": scenario.model_dump(mode="json")}
+    )
+    return finished
+
+
+def _show_simulation(scenario: Scenario, run_dir: Path, finished: FinishedRun, *, as_json: bool) -> None:
     result = _results(scenario, run_dir, [finished])
     if as_json:
         _print_json({**finished.run, "study": result, "out": str(run_dir)})
@@ -122,20 +153,7 @@ def _finish_simulation(scenario: Scenario, run_dir: Path, *, as_json: bool) -> N
     _closing(console, result, finished.run, run_dir)
 
 
-def _finish_study(scenario: Scenario, run_dir: Path, *, as_json: bool) -> None:
-    finished: list[FinishedRun] = []
-    with Talk(quiet=as_json) as talk:
-        for number in range(scenario.study.seeds):
-            seed = scenario.seed + number
-            talk.say(f"[bold]Seed {seed}[/bold] ({number + 1} of {scenario.study.seeds})")
-            folder = run_dir / "seeds" / f"seed-{seed}"
-            one = scenario.model_copy(update={"seed": seed})
-            if not (folder / "run.json").exists():
-                start_run(one, folder, command="simulate")
-            finished.append(_finished_seed(folder) or run_seed(one, folder, talk=talk))
-            finished[-1].outcome.save(folder / "outcome.json")
-    run = {**finished[0].run, "command": "study", "scenario": scenario.model_dump(mode="json")}
-    write_json(run_dir / "run.json", run)
+def _show_study(scenario: Scenario, run_dir: Path, finished: list[FinishedRun], *, as_json: bool) -> None:
     result = _results(scenario, run_dir, finished)
     if as_json:
         _print_json({**result, "out": str(run_dir)})
@@ -143,7 +161,7 @@ def _finish_study(scenario: Scenario, run_dir: Path, *, as_json: bool) -> None:
     console = Console(highlight=False)
     console.print(arms_table(result))
     console.print(owners_table(result))
-    _closing(console, result, run, run_dir)
+    _closing(console, result, finished[0].run, run_dir)
 
 
 def _finished_seed(folder: Path) -> FinishedRun | None:
@@ -165,7 +183,7 @@ def _results(scenario: Scenario, run_dir: Path, finished: list[FinishedRun]) -> 
         peak_rss_mib=max(one.run["peak_rss_mib"] for one in finished),
     )
     write_json(run_dir / "study.json", result)
-    write_bytes(run_dir / "report.html", render_report(result, run).encode())
+    write_atomically(run_dir / "report.html", render_report(result, run).encode())
     return result
 
 

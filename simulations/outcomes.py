@@ -1,7 +1,6 @@
 """What one seed of a simulation found out, kept so that a killed study goes on at the next seed."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import InputError
+from shared.files import write_atomically
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -49,12 +49,8 @@ class SeedOutcome:
 
     def save(self, path: Path) -> None:
         """Write JSON; a crash leaves the old file or the new one, never half of one."""
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump({"simulation_only": True, **asdict(self)}, file, default=_plain)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        content = json.dumps({"simulation_only": True, **asdict(self)}, default=_plain)
+        write_atomically(path, content.encode())
 
     @classmethod
     def load(cls, path: Path) -> "SeedOutcome":

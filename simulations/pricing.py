@@ -26,6 +26,7 @@ class Price:
         sources: where each public number came from.
     """
 
+    num_owners: int
     declared_users: int
     max_users: int
     delta: float
@@ -35,11 +36,12 @@ class Price:
 
     @property
     def users_times_epsilon(self) -> float:
-        """N·ε, which tells what differential privacy leaves to be learnt."""
+        """N·ε, which with the number of owners tells what noise leaves to be learnt."""
         return self.declared_users * self.epsilon
 
     def to_dict(self) -> dict[str, Any]:
         return {
+            "num_owners": self.num_owners,
             "declared_users": self.declared_users,
             "max_users": self.max_users,
             "delta": self.delta,
@@ -94,6 +96,7 @@ def price_of(scenario: Scenario, federation: Federation) -> Price:
             max_users=max_users,
         )
     return Price(
+        num_owners=len(federation.owners),
         declared_users=declared,
         max_users=max_users,
         delta=delta,

@@ -21,11 +21,11 @@ from shared.augmentation.weighting import default_weight, regime
 from shared.config import Scenario, scenario_from
 from shared.data.histories import Histories
 from shared.errors import InputError
-from shared.files import write_bytes, write_json
+from shared.files import write_atomically, write_json
 from shared.generators.card import NO_NOISE, SEEDED_NOISE, Generator, GeneratorCard, load_generator, save_generator
 from shared.privacy.accounting import certified_epsilon
 from shared.privacy.releases import DpSgdRelease
-from shared.recommenders.base import build_recommender
+from shared.recommenders.base import Recommender, build_recommender
 from simulations.engines import run_federation
 from simulations.home import Arms, train_owners
 from simulations.outcomes import OwnerOutcome, SeedOutcome
@@ -42,6 +42,30 @@ class FinishedRun:
 
     outcome: SeedOutcome
     run: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A scenario whose input was read and found usable; nothing is written yet."""
+
+    scenario: Scenario
+    federation: Federation
+    price: Price
+    recommender: Recommender
+
+
+def prepare(scenario: Scenario, *, talk: Talk) -> Prepared:
+    """Read the data, price the run and build the recommender, so that bad input ends before anything is written.
+
+    Raises:
+        InputError: something of it cannot be used.
+    """
+    talk.say(f"Reading {scenario.data.path or 'the built-in sample'} ...")
+    federation = build_federation(scenario, seed=scenario.seed)
+    price = price_of(scenario, federation)
+    return Prepared(
+        scenario, federation, price, build_recommender(scenario.recommender, federation.catalogue.num_items)
+    )
 
 
 def start_run(scenario: Scenario, run_dir: Path, *, command: str) -> None:
@@ -65,8 +89,8 @@ def read_run(run_dir: Path) -> tuple[Scenario, dict[str, Any]]:
         raise InputError(f"{run_dir}/run.json cannot be read ({error}). Start a new run.") from None
 
 
-def run_seed(scenario: Scenario, run_dir: Path, *, talk: Talk) -> FinishedRun:
-    """Run, or go on with, the seed of ``scenario`` in ``run_dir``.
+def run_seed(prepared: Prepared, run_dir: Path, *, talk: Talk) -> FinishedRun:
+    """Run, or go on with, one seed in ``run_dir``, which :func:`start_run` made.
 
     Guarantee:
         Every phase is whole or done again with the same result, so a killed run that is resumed
@@ -74,12 +98,9 @@ def run_seed(scenario: Scenario, run_dir: Path, *, talk: Talk) -> FinishedRun:
     Raises:
         FedAugError: input, budget or disk; what was finished stays and can be resumed.
     """
+    scenario, federation, price = prepared.scenario, prepared.federation, prepared.price
     seconds: dict[str, float] = {}
-    with _timed(seconds, "data"):
-        talk.say(f"Reading {scenario.data.path or 'the built-in sample'} ...")
-        federation = build_federation(scenario, seed=scenario.seed)
-        _refuse_changed_data(run_dir, federation)
-        price = price_of(scenario, federation)
+    _refuse_changed_data(run_dir, federation)
     _announce(scenario, federation, price, talk)
     generators: dict[str, Generator] = {}
     for arm in ("federated", "federated_no_dp"):
@@ -93,12 +114,15 @@ def run_seed(scenario: Scenario, run_dir: Path, *, talk: Talk) -> FinishedRun:
             generators[arm] = _train(scenario, federation, price, folder, private=private, talk=talk)
     with _timed(seconds, "home"):
         synthetic = {arm: _synthesise(scenario, generator) for arm, generator in generators.items()}
-        defaults = {"federated": default_weight(price.users_times_epsilon), "federated_no_dp": default_weight(math.inf)}
+        defaults = {
+            "federated": default_weight(price.users_times_epsilon, price.num_owners),
+            "federated_no_dp": default_weight(math.inf, price.num_owners),
+        }
         talk.start("Recommenders at home", len(federation.owners))
         owners = train_owners(
             federation.owners,
             Arms(synthetic=synthetic, default_weights=defaults, central="central" in scenario.study.arms),
-            build_recommender(scenario.recommender, federation.catalogue.num_items),
+            prepared.recommender,
             scenario=scenario,
             epsilons=_epsilons(run_dir, federation, price),
             progress=talk.advance,
@@ -225,7 +249,7 @@ def _write_owner_files(
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "metrics.json", _metrics(owner))
         if content is not None:
-            write_bytes(folder / "synthetic.parquet", content)
+            write_atomically(folder / "synthetic.parquet", content)
 
 
 def _copy_arm(owner: OwnerOutcome, source: str, target: str) -> OwnerOutcome:
@@ -258,7 +282,7 @@ def _record(
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     _, before = read_run(run_dir)
-    name, sentence = regime(price.users_times_epsilon)
+    name, sentence = regime(price.users_times_epsilon, price.num_owners)
     private = price.release is not None and "federated" in generators
     return {
         **before,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from shared.errors import InputError
-from shared.wire.files import write_atomically
+from shared.files import write_atomically
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
+from shared.files import sha256, write_atomically
 from shared.privacy.releases import DpSgdRelease
-from shared.wire.files import sha256, write_atomically
 from shared.wire.messages import TrainJob, TrainReply
 
 # The server asks for the round after its last checkpoint, or for the one before where that

@@ -1,5 +1,6 @@
 """Choose how much synthetic users may count, so that augmentation does not hurt."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,25 +25,39 @@ class Regime(NamedTuple):
     sentence: str
 
 
-def regime(users_times_epsilon: float) -> Regime:
+def signal(users_times_epsilon: float, num_owners: int) -> float:
+    """Users × ε ÷ √owners: what tells how much survives the noise.
+
+    The thresholds of :func:`regime` were measured with one noise for the whole federation. With ``noise = "local"``
+    every owner adds all of it, and the average of ``num_owners`` such noises is √owners times the one.
+    """
+    return users_times_epsilon / math.sqrt(num_owners)
+
+
+def regime(users_times_epsilon: float, num_owners: int) -> Regime:
     """What to expect of private augmentation, from public numbers alone.
 
     Args:
-        users_times_epsilon: users of the whole federation × ε, which governs how much signal survives the noise.
+        users_times_epsilon: users of the whole federation × ε.
+        num_owners: that each add the noise their own promise needs.
     """
-    caveat = "This rule of thumb was read off one data set, MovieLens-1M; sparser data needed about five times more."
-    size = f"Users × ε = {users_times_epsilon:,.0f}"
-    if np.isinf(users_times_epsilon):
+    if math.isinf(users_times_epsilon):
         return Regime(
             "no privacy", "ε is infinite: this is a run without privacy, which shows the most a generator can bring."
         )
-    if users_times_epsilon < _HOPELESS:
+    found = signal(users_times_epsilon, num_owners)
+    size = (
+        f"Users × ε = {users_times_epsilon:,.0f}, and each of the {num_owners} owners adds all its noise itself, which"
+        f" divides that by √{num_owners}: {found:,.0f}"
+    )
+    caveat = "This rule of thumb was read off one data set, MovieLens-1M; sparser data needed about five times more."
+    if found < _HOPELESS:
         return Regime(
             "noise wins",
             f"{size} is below {_HOPELESS:,.0f}: expect no gain from the federation, because the noise that protects"
-            f" users hides what they have in common. More owners or a larger ε would change that. {caveat}",
+            f" users hides what they have in common. More users or a larger ε would change that. {caveat}",
         )
-    if users_times_epsilon < _PLENTY:
+    if found < _PLENTY:
         return Regime(
             "some signal",
             f"{size} lies between {_HOPELESS:,.0f} and {_PLENTY:,.0f}: expect owners with few users to gain a part of"
@@ -54,11 +69,12 @@ def regime(users_times_epsilon: float) -> Regime:
     )
 
 
-def default_weight(users_times_epsilon: float) -> float:
+def default_weight(users_times_epsilon: float, num_owners: int) -> float:
     """The weight to start from, given public numbers only: none, a tenth or three tenths of the real mass."""
-    if users_times_epsilon < _HOPELESS:
+    found = signal(users_times_epsilon, num_owners)
+    if found < _HOPELESS:
         return 0.0
-    return 0.1 if users_times_epsilon < _PLENTY else 0.3
+    return 0.1 if found < _PLENTY else 0.3
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ import pyarrow.parquet
 
 from shared.data.interactions import Interactions
 from shared.errors import InputError
+from shared.files import write_atomically
 
 CatalogueSource = Literal["public", "assumed public"]
 
@@ -71,13 +71,7 @@ class Catalogue:
     def save(self, path: Path) -> None:
         """Write JSON that :meth:`load` reads; a crash leaves the old file or the new one."""
         content = {"version": self.version, "source": self.source, "sha256": self.hash, "items": self.items}
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            json.dump(content, file, ensure_ascii=False, indent=0)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_atomically(path, (json.dumps(content, ensure_ascii=False, indent=0) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> "Catalogue":

@@ -1,6 +1,6 @@
 """Users' item histories in compressed sparse rows, the one form in which models see data."""
 
-import os
+import io
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from shared.errors import InputError
+from shared.files import write_atomically
 
 IntArray = npt.NDArray[np.int64]
 
@@ -118,12 +119,9 @@ class Histories:
         arrays = {"indptr": self.indptr, "items": self.items, "num_items": np.int64(self.num_items)}
         if self.timestamps is not None:
             arrays["timestamps"] = self.timestamps
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub forgets arrays by name
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        content = io.BytesIO()
+        np.savez(content, **arrays)  # type: ignore[arg-type]  # the stub forgets arrays by name
+        write_atomically(path, content.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> Self:

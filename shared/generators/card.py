@@ -12,7 +12,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from shared.errors import InputError
-from shared.files import write_bytes, write_json
+from shared.files import write_atomically, write_json
 from shared.generators.multvae import GeneratorSpec, MultVAE, Weights, model_from
 
 SEEDED_NOISE = "seeded, not private"
@@ -67,7 +67,7 @@ def save_generator(directory: Path, weights: Weights, card: GeneratorCard, item_
     """Write ``model.safetensors``, ``items.json`` and last ``card.json``; return the generator's id."""
     directory.mkdir(parents=True, exist_ok=True)
     identity = generator_id(weights)
-    write_bytes(directory / "model.safetensors", save_tensors(dict(weights)))
+    write_atomically(directory / "model.safetensors", save_tensors(dict(weights)))
     write_json(directory / "items.json", list(item_ids))
     write_json(
         directory / "card.json",

@@ -188,7 +188,7 @@ def test_a_full_disk_costs_a_charge_and_says_so(owner, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shared.wire.files.os.fsync", full)
+    monkeypatch.setattr("shared.files.os.fsync", full)
     with pytest.raises(FedAugError, match=r"No space left on device.*Nothing was half-written"):
         owner.answer(a_job())
     monkeypatch.undo()

@@ -84,7 +84,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(run_dir, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shared.wire.files.os.fsync", full)
+    monkeypatch.setattr("shared.files.os.fsync", full)
     with pytest.raises(InputError, match=r"No space left on device.*resume"):
         save_checkpoint(run_dir, a_checkpoint(4), plan_digest="plan", num_rounds=9)
     monkeypatch.undo()

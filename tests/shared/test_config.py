@@ -1,8 +1,11 @@
 """Scenarios: every key has a default, nothing unknown passes, every problem is named."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from shared.config import Scenario, load_scenario
 from shared.errors import InputError
@@ -11,6 +14,29 @@ from shared.errors import InputError
 def test_every_key_has_a_default_and_survives_json():
     scenario = load_scenario(None, [])
     assert Scenario.model_validate_json(scenario.model_dump_json()) == scenario
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        nested = isinstance(inner, type) and issubclass(inner, BaseModel)
+        keys += keys_of(inner, f"{prefix}{name}.") if nested else [prefix + name]
+    return keys
+
+
+def test_every_key_stands_in_the_documents_with_its_default():
+    document = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    for key in keys_of(Scenario):
+        value: object = Scenario()
+        for part in key.split("."):
+            value = getattr(value, part)
+        row = next(line for line in document.splitlines() if line.startswith(f"| `{key}` |"))
+        shown = row.split("|")[3].strip().strip("`")
+        expected = {"": "empty", "None": "none", "True": "true", "False": "false"}.get(str(value), str(value))
+        if isinstance(value, tuple):
+            expected = json.dumps(list(value))
+        assert shown == expected, key
 
 
 def test_a_file_is_read_and_flags_win(tmp_path):

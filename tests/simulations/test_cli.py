@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from dp_accounting.pld import privacy_loss_distribution
 
+from simulations.cli import app, run
+
 SMALL = [
     "--set=federation.rounds=3",
     "--set=data.num_owners=3",
@@ -40,7 +42,7 @@ def finished(tmp_path_factory):
 def test_the_screen_says_what_it_cost_and_what_to_expect(finished):
     run, result = finished
     assert "owner-01" in result.stdout
-    assert "users × ε" in result.stdout
+    assert "Users × ε" in result.stdout
     assert str(run / "report.html") in result.stdout.replace("\n", "")
     assert "seeded, not private" in result.stderr
 
@@ -155,8 +157,8 @@ GOOD = "user_id,item_id\n" + "".join(f"u{u},i{i}\n" for u in range(30) for i in 
         (None, [], "nowhere.csv"),
         ("", [], "empty"),
         ("who,what\n1,2\n", [], "user_id"),
-        (GOOD + "u1,\n", [], "row 242"),
-        (GOOD + "u0,i0\n", [], "row 242"),
+        (GOOD + "u1,\n", [], "row 241"),
+        (GOOD + "u0,i0\n", [], "row 241"),
         (GOOD, ["--set=data.num_owners=1"], "min_owners"),
         (GOOD, ["--set=data.num_owners=31"], "owner"),
         (GOOD, ["--set=data.nmu_owners=3"], "Extra inputs"),
@@ -168,17 +170,20 @@ GOOD = "user_id,item_id\n" + "".join(f"u{u},i{i}\n" for u in range(30) for i in 
         (GOOD, ["--engine=turbo"], "inprocess"),
     ],
 )
-def test_bad_input_gets_one_message_and_exit_code_two(tmp_path, content, options, advice):
+def test_bad_input_gets_one_message_and_exit_code_two(monkeypatch, capsys, tmp_path, content, options, advice):
     path = tmp_path / "nowhere.csv"
     if content is not None:
         path.write_text(content)
-    result = fedaug(
+    arguments = [
         "simulate", "--data", str(path), "--out", str(tmp_path / "run"), "--set=data.split=random",
         "--set=data.num_owners=2", "--set=federation.rounds=1", *options,
-    )  # fmt: skip
-    assert result.returncode == 2, result.stderr
-    assert advice in result.stderr.replace("\n", " ")
-    assert "Traceback" not in result.stderr
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["fedaug", *arguments])
+    assert run(app) == 2
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert advice in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_catalogue_that_does_not_cover_the_data_is_named(tmp_path):

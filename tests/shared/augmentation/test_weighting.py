@@ -134,7 +134,9 @@ def test_too_few_users_for_the_folds():
     ],
 )
 def test_regimes(users_times_epsilon, name, weight):
-    assert regime(users_times_epsilon).name == name
-    assert default_weight(users_times_epsilon) == weight
-    if not math.isinf(users_times_epsilon):
-        assert "one data set" in regime(users_times_epsilon).sentence
+    for num_owners in (1, 25):  # noise at each of 25 owners costs a factor of five
+        scaled = users_times_epsilon * math.sqrt(num_owners)
+        assert regime(scaled, num_owners).name == name
+        assert default_weight(scaled, num_owners) == weight
+        if not math.isinf(scaled):
+            assert "one data set" in regime(scaled, num_owners).sentence
