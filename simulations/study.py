@@ -63,7 +63,7 @@ def collect(
         "delta": delta,
         "privacy_unit": "user",
         "seeds": [outcome.seed for outcome in outcomes],
-        "arms": {arm: _arm(means.mean(arm)) for arm in means.measured},
+        "arms": {arm: _arm(means.mean(arm)) for arm in sorted(means.measured, key=list(ARM_TITLES).index)},
         "lift": lift,
         "owners": _owners(outcomes),
         "seconds": round(sum(outcome.seconds for outcome in outcomes), 1),

@@ -47,8 +47,8 @@ def regime(users_times_epsilon: float, num_owners: int) -> Regime:
         )
     found = signal(users_times_epsilon, num_owners)
     size = (
-        f"Users × ε = {users_times_epsilon:,.0f}, and each of the {num_owners} owners adds all its noise itself, which"
-        f" divides that by √{num_owners}: {found:,.0f}"
+        f"Users × ε = {users_times_epsilon:,.0f}. Each of the {num_owners} owners adds all its noise itself, which leaves"
+        f" {found:,.0f} of that (÷ √{num_owners}). This"
     )
     caveat = "This rule of thumb was read off one data set, MovieLens-1M; sparser data needed about five times more."
     if found < _HOPELESS:

@@ -53,7 +53,7 @@ def _privacy(study: dict[str, Any], run: dict[str, Any]) -> str:
         return "ε is infinite: the generator was trained without privacy."
     spent = max(float(owner["epsilon"]) for owner in study["owners"])
     return (
-        f"The generator was trained for ε = {epsilon:g} at δ = {study['delta']:.2g} per {study['privacy_unit']}, with"
+        f"The generator was trained for ε = {epsilon:.2f} at δ = {study['delta']:.2g} per {study['privacy_unit']}, with"
         f" all interactions of a {study['privacy_unit']} at an owner; no owner spent more than ε = {spent:.2f}."
     )
 
