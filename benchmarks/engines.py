@@ -16,6 +16,7 @@ from statistics import median
 
 import numpy as np
 
+from client.store.ledger import Ledger
 from client.store.policy import Policy
 from server.checkpoints import read_state
 from server.plan import FederationPlan
@@ -98,7 +99,10 @@ def _prepare(run_dir: Path, num_owners: int, num_rounds: int) -> None:
         directory = run_dir / "owners" / name
         directory.mkdir(parents=True)
         Histories.from_rows(drawn, NUM_ITEMS).save(directory / "train.npz")
-        Policy(epsilon=100.0, delta=1e-5, catalogue_hash="benchmark").save(directory)
+        Policy(epsilon=100.0, delta=1e-5, catalogue_hash="benchmark", max_users=USERS_PER_OWNER, simulated=True).save(
+            directory
+        )
+        Ledger.create(directory / "ledger.sqlite")
     release = DpSgdRelease(noise_multiplier=1.0, sample_rate=0.2, num_steps=1, max_users=USERS_PER_OWNER)
     FederationPlan(
         run_id="benchmark",

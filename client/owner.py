@@ -23,7 +23,8 @@ class Owner:
     """A data owner as its folder describes it: ``train.npz``, ``policy.json``, ``ledger.sqlite``, ``replies/``.
 
     Args:
-        simulated: the data is a simulation's; otherwise seeded noise and private figures are refused.
+        simulated: the node was started by a simulation; only where the policy says so too are seeded noise and private
+            figures allowed.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Owner:
         """
         policy = Policy.load(self.directory)
         self._refuse_what_policy_forbids(job, policy)
-        histories = self._histories(job)
+        histories = self._histories(job, policy)
         run_id, server_round = job.run_id, job.plan.server_round
         with Ledger(self.directory / "ledger.sqlite") as ledger:
             before = ledger.latest(run_id, server_round)
@@ -80,8 +81,13 @@ class Owner:
             ledger.commit(run_id, server_round)
         return reply
 
-    def _histories(self, job: TrainJob) -> Histories:
+    def _histories(self, job: TrainJob, policy: Policy) -> Histories:
         histories = Histories.load(self.directory / "train.npz")
+        if histories.num_users > policy.max_users:
+            raise RefusedError(
+                f"{self.name} has more users than max_users={policy.max_users} of its own policy.json: raise it there,"
+                " tell the server, and start a new run."
+            )
         if histories.num_items != job.spec.num_items:
             raise InputError(
                 f"{self.name} indexed its histories over {histories.num_items} items, the generator has"
@@ -103,6 +109,16 @@ class Owner:
         )
 
     def _refuse_what_policy_forbids(self, job: TrainJob, policy: Policy) -> None:
+        if self.simulated and not policy.simulated:
+            raise RefusedError(
+                f"{self.name}'s policy.json is not a simulation's. Start a real owner's node with its owner and"
+                " data-path."
+            )
+        if job.plan.max_users != policy.max_users:
+            raise RefusedError(
+                f"{self.name} declares max_users={policy.max_users}, the plan says {job.plan.max_users}. Plan with the"
+                " owner's number."
+            )
         if not self.simulated and job.noise_seed is not None:
             raise RefusedError(
                 f"{self.name} refuses seeded noise: who knows the seed can subtract it. Seeds are for simulations;"

@@ -6,11 +6,11 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from server.plan import FederationPlan
-from shared.errors import FedAugError, InputError
+from shared.errors import InputError
 from shared.wire.messages import WIRE_VERSION, CatalogueMismatch, Hello
 
 
-class TooFewOwners(FedAugError):
+class TooFewOwners(InputError):
     """Fewer owners answered within the deadline than the plan needs."""
 
     def __init__(self, present: int, plan: FederationPlan, *, doing: str) -> None:

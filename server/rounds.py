@@ -17,7 +17,7 @@ from server.lock import run_lock
 from server.plan import FederationPlan
 from server.replies import for_strategy, read_replies
 from server.strategies import build_strategy, restore, strategy_state, to_float32
-from shared.errors import FedAugError
+from shared.errors import InputError
 from shared.generators.multvae import Weights, initial_weights
 from shared.wire.messages import TrainJob, TrainReply
 
@@ -104,7 +104,7 @@ def _aggregate(strategy: FedAvg, server_round: int, replies: list[Message]) -> W
     record, _ = strategy.aggregate_train(server_round, replies)
     weights = to_float32(record if record is not None else ArrayRecord())
     if not weights or not all(np.isfinite(values).all() for values in weights.values()):
-        raise FedAugError(
+        raise InputError(
             f"round {server_round}: the aggregate is not finite, so it was not kept. Lower"
             " federation.server_learning_rate and start a new run."
         )

@@ -4,11 +4,13 @@
 class FedAugError(Exception):
     """Base of every message meant for a user: what happened, with numbers, and what to do next."""
 
-    exit_code = 2
+    exit_code = 1
 
 
 class InputError(FedAugError):
     """A file, a flag or a scenario cannot be used as given."""
+
+    exit_code = 2
 
 
 class LeakError(FedAugError):

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from shared.config import Scenario, load_scenario
 from shared.errors import FedAugError, InputError
@@ -166,24 +167,28 @@ def run(command: Callable[..., Any]) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return _fail("stopped. Go on later with --resume RUN.", 130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        where = f" at {error.filename}" if error.filename else ""
-        advice = "Make room or choose another --out; a started run goes on with --resume RUN."
-        return _fail(f"cannot write{where}: {error.strerror}. {advice}", 2)
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return _bug(error)
+        where = f" {error.filename}" if error.filename else ""
+        advice = "Mend that path, make room, or choose another --out; a started run goes on with --resume RUN."
+        return _fail(f"cannot use{where}: {error.strerror or error}. {advice}", 2)
     except Exception as error:
         show = getattr(error, "show", None)  # a usage error of the parser knows how to print itself
         if callable(show):
             show()
             return 2
-        traceback.print_exc()
-        return _fail(f"this is a bug in fedaug, not in your input: {type(error).__name__}: {error}", 1)
+        return _bug(error)
+
+
+def _bug(error: Exception) -> int:
+    traceback.print_exception(error)
+    return _fail(f"this is a bug in fedaug, not in your input: {type(error).__name__}: {error}", 1)
 
 
 def _fail(message: str, code: int) -> int:
     if "--json" in sys.argv:
         print(json.dumps({"error": message, "exit_code": code}))
-    Console(stderr=True, highlight=False).print(f"[red]fedaug:[/red] {message}", soft_wrap=True, markup=True)
+    Console(stderr=True, highlight=False).print(f"[red]fedaug:[/red] {escape(message)}", soft_wrap=True)
     return code
 
 

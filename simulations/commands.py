@@ -17,7 +17,7 @@ from simulations.outcomes import SeedOutcome
 from simulations.owners import build_federation
 from simulations.pricing import price_of
 from simulations.report import render_report
-from simulations.run import FinishedRun, Prepared, prepare, read_run, run_seed, start_run
+from simulations.run import FinishedRun, prepare, read_run, run_seed, start_run
 from simulations.study import arms_table, collect, owners_table, verdict
 from simulations.talk import Talk
 
@@ -34,9 +34,9 @@ def simulate(scenario: Scenario, run_dir: Path, *, as_json: bool) -> None:
 def study(scenario: Scenario, run_dir: Path, *, as_json: bool) -> None:
     """Run every seed of a study in ``run_dir`` and compare the arms."""
     with Talk(quiet=as_json) as talk:
-        first = prepare(scenario, talk=talk)
+        prepare(scenario, talk=Talk(quiet=True))  # bad input ends here, before anything is written
         start_run(scenario, run_dir, command="study")
-        finished = _run_seeds(scenario, run_dir, first, talk=talk)
+        finished = _run_seeds(scenario, run_dir, talk=talk)
     _show_study(scenario, run_dir, finished, as_json=as_json)
 
 
@@ -44,11 +44,10 @@ def resume(run_dir: Path, *, as_json: bool) -> None:
     """Go on with a run or a study where it stopped."""
     scenario, record = read_run(run_dir)
     with Talk(quiet=as_json) as talk:
-        first = prepare(scenario, talk=talk)
         if record.get("command") == "study":
-            finished = _run_seeds(scenario, run_dir, first, talk=talk)
+            finished = _run_seeds(scenario, run_dir, talk=talk)
         else:
-            finished = [run_seed(first, run_dir, talk=talk)]
+            finished = [run_seed(prepare(scenario, talk=talk), run_dir, talk=talk)]
     if record.get("command") == "study":
         _show_study(scenario, run_dir, finished, as_json=as_json)
     else:
@@ -118,28 +117,34 @@ def synthesize(
                 f"This generator's noise is {generator.card.noise}: every row is marked internal and must not leave."
             )
     Console(highlight=False).print(
-        f"{users} synthetic users, {histories.num_interactions} interactions, written to {out}", soft_wrap=True
+        f"{users} synthetic users, {histories.num_interactions} interactions, written to {out}",
+        soft_wrap=True,
+        markup=False,
     )
 
 
-def _run_seeds(scenario: Scenario, run_dir: Path, first: Prepared, *, talk: Talk) -> list[FinishedRun]:
+def _run_seeds(scenario: Scenario, run_dir: Path, *, talk: Talk) -> list[FinishedRun]:
     finished: list[FinishedRun] = []
     for number in range(scenario.study.seeds):
         seed = scenario.seed + number
-        talk.say(f"[bold]Seed {seed}[/bold] ({number + 1} of {scenario.study.seeds})")
+        talk.say(f"Seed {seed} ({number + 1} of {scenario.study.seeds})")
         folder = run_dir / "seeds" / f"seed-{seed}"
         found = _finished_seed(folder)
         if found is None:
             one = scenario.model_copy(update={"seed": seed})
-            prepared = first if number == 0 else prepare(one, talk=talk)
+            prepared = prepare(one, talk=talk)
             if not (folder / "run.json").exists():
                 start_run(one, folder, command="simulate")
             found = run_seed(prepared, folder, talk=talk)
             found.outcome.save(folder / "outcome.json")
         finished.append(found)
-    write_json(
-        run_dir / "run.json", {**finished[0].run, "command": "study", "scenario": scenario.model_dump(mode="json")}
-    )
+    of_study = {
+        "command": "study",
+        "scenario": scenario.model_dump(mode="json"),
+        # The owners above are those of the first seed; every seed has ledgers of its own.
+        "seeds": [{"seed": one.outcome.seed, "owners": one.run["owners"]} for one in finished],
+    }
+    write_json(run_dir / "run.json", {**finished[0].run, **of_study})
     return finished
 
 
@@ -190,7 +195,7 @@ def _results(scenario: Scenario, run_dir: Path, finished: list[FinishedRun]) -> 
 def _closing(console: Console, result: dict[str, Any], run: dict[str, Any], run_dir: Path) -> None:
     console.print(verdict(result), soft_wrap=True)
     console.print(run["regime"]["sentence"], soft_wrap=True)
-    console.print(f"Report: {run_dir / 'report.html'}", soft_wrap=True)
+    console.print(f"Report: {run_dir / 'report.html'}", soft_wrap=True, markup=False)
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -124,7 +124,7 @@ def run_seed(prepared: Prepared, run_dir: Path, *, talk: Talk) -> FinishedRun:
             Arms(synthetic=synthetic, default_weights=defaults, central="central" in scenario.study.arms),
             prepared.recommender,
             scenario=scenario,
-            epsilons=_epsilons(run_dir, federation, price),
+            epsilons=_spent(run_dir, federation, price.delta),
             progress=talk.advance,
         )
         if "federated_no_dp" in scenario.study.arms and "federated_no_dp" not in generators:
@@ -149,10 +149,11 @@ def _train(
         num_owners=len(federation.owners),
         progress=talk.advance,
     )
+    spent = _spent(run_dir, federation, price.delta)
     card = GeneratorCard(
         spec=spec,
         catalogue=_catalogue_record(federation),
-        epsilon=price.epsilon if private else math.inf,
+        epsilon=max(spent.values()),
         delta=price.delta,
         noise=SEEDED_NOISE if private else NO_NOISE,
         privacy_unit=scenario.privacy.unit,
@@ -183,7 +184,14 @@ def _prepare(scenario: Scenario, federation: Federation, price: Price, run_dir: 
     for owner in federation.owners:
         folder = run_dir / "owners" / owner.name
         folder.mkdir(parents=True, exist_ok=True)
-        Policy(epsilon=ceiling, delta=price.delta, catalogue_hash=federation.catalogue.hash).save(folder)
+        Policy(
+            epsilon=ceiling,
+            delta=price.delta,
+            catalogue_hash=federation.catalogue.hash,
+            max_users=price.max_users,
+            simulated=True,
+        ).save(folder)
+        Ledger.create(folder / "ledger.sqlite")
         owner.split.train.save(folder / "train.npz")
     plan.save(run_dir)
 
@@ -203,8 +211,7 @@ def _synthesise(scenario: Scenario, generator: Generator) -> Histories:
 
 def _releases(run_dir: Path, owner: str) -> list[dict[str, Any]]:
     """The owner's ledger as run.json and the card show it: equal releases joined, steps added."""
-    with Ledger(run_dir / "owners" / owner / "ledger.sqlite") as ledger:
-        charged = [release.to_dict() for release in ledger.releases() if release is not None]
+    charged = [release.to_dict() for release in _charged(run_dir, owner) if release is not None]
     joined: list[dict[str, Any]] = []
     for release in charged:
         if joined and {**joined[-1], "num_steps": 0} == {**release, "num_steps": 0}:
@@ -214,18 +221,22 @@ def _releases(run_dir: Path, owner: str) -> list[dict[str, Any]]:
     return joined
 
 
-def _epsilons(run_dir: Path, federation: Federation, price: Price) -> dict[str, float]:
+def _charged(run_dir: Path, owner: str) -> tuple[DpSgdRelease | None, ...]:
+    path = run_dir / "owners" / owner / "ledger.sqlite"
+    if not path.exists():  # a study of arms that train no generator
+        return ()
+    with Ledger(path) as ledger:
+        return ledger.releases()
+
+
+def _spent(run_dir: Path, federation: Federation, delta: float) -> dict[str, float]:
     """What every owner's ledger says was spent: derived from its releases, not from the plan."""
-    if price.release is None:
-        return {owner.name: math.inf for owner in federation.owners}
-    return {
-        owner.name: certified_epsilon(
-            [DpSgdRelease.from_dict(values) for values in _releases(run_dir, owner.name)], price.delta
-        )
-        if (run_dir / "owners" / owner.name / "ledger.sqlite").exists()
-        else 0.0
-        for owner in federation.owners
-    }
+    spent = {}
+    for owner in federation.owners:
+        charged = _charged(run_dir, owner.name)
+        private = [release for release in charged if release is not None]
+        spent[owner.name] = certified_epsilon(private, delta) if len(private) == len(charged) else math.inf
+    return spent
 
 
 def _write_owner_files(
@@ -288,8 +299,10 @@ def _record(
         **before,
         "status": "finished",
         "data_fingerprint": _fingerprint(federation),
-        "data_counts": federation.counts,
-        "catalogue": {**_catalogue_record(federation), "assumed_public": federation.assumed_public},
+        "simulation_only": {"data_counts": federation.counts},
+        "catalogue": federation.catalogue.source,
+        "catalogue_details": _catalogue_record(federation),
+        "assumed_public": federation.assumed_public,
         "public_numbers": price.to_dict(),
         "noise": SEEDED_NOISE if private else NO_NOISE,
         "regime": {"name": name, "sentence": sentence, "users_times_epsilon": price.users_times_epsilon},

@@ -38,10 +38,10 @@ class Talk:
 
     def say(self, text: str) -> None:
         if not self._quiet:
-            self.console.print(text, soft_wrap=True)
+            self.console.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]{text}[/yellow]", soft_wrap=True)
+        self.console.print(text, style="yellow", markup=False, soft_wrap=True)
 
     def start(self, label: str, total: int) -> None:
         """Begin a stretch of ``total`` steps; :meth:`advance` moves it."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from client.store.ledger import Ledger
 from client.store.policy import Policy
 from server.plan import FederationPlan
 from shared.data.histories import Histories
@@ -89,7 +90,8 @@ def prepare(
         folder = run_dir / "owners" / name
         folder.mkdir(parents=True)
         small_histories(name).save(folder / "train.npz")
-        Policy(epsilon=epsilon, delta=DELTA, catalogue_hash=CATALOGUE).save(folder)
+        Ledger.create(folder / "ledger.sqlite")
+        Policy(epsilon=epsilon, delta=DELTA, catalogue_hash=CATALOGUE, max_users=40, simulated=True).save(folder)
     plan = plan_for(names, **changes)
     plan.save(run_dir)
     return plan

@@ -53,20 +53,41 @@ class Ledger:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open or create the ledger at ``path``.
+        """Open the ledger at ``path``.
 
         Raises:
-            InputError: the file is not a ledger or cannot be written.
+            InputError: there is none, it is not a ledger, or it cannot be written.
         """
         self._path = path
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(path, timeout=30, isolation_level=None)
+            # mode=rw: a missing ledger must stop the owner, not begin again at epsilon 0.
+            self._database = sqlite3.connect(
+                f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=30, isolation_level=None
+            )
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = FULL")  # in WAL mode, the only level that survives a power cut
-            self._database.execute(_SCHEMA)
+            self._database.execute("SELECT count(*) FROM charges")
         except (sqlite3.Error, OSError) as error:
             raise self._unusable(error) from None
+
+    @classmethod
+    def create(cls, path: Path) -> None:
+        """Make the ledger of data that was never charged; one that exists is left as it is.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            database = sqlite3.connect(path, timeout=30, isolation_level=None)
+            try:
+                database.execute("PRAGMA journal_mode = WAL")
+                database.execute("PRAGMA synchronous = FULL")
+                database.execute(_SCHEMA)
+            finally:
+                database.close()
+        except (sqlite3.Error, OSError) as error:
+            raise _unusable(path, error) from None
 
     def __enter__(self) -> Self:
         return self
@@ -139,7 +160,11 @@ class Ledger:
             raise self._unusable(error) from None
 
     def _unusable(self, error: Exception) -> InputError:
-        return InputError(
-            f"the ledger at {self._path} cannot be used ({error}). Nothing is trained without it: restore it or make"
-            " room on its disk, but never start an empty one for the same data."
-        )
+        return _unusable(self._path, error)
+
+
+def _unusable(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"the ledger at {path} cannot be used ({error}). Nothing is trained without it: restore it or make"
+        " room on its disk, but never start an empty one for the same data."
+    )

@@ -19,6 +19,9 @@ class Policy:
             only a simulated owner may have.
         delta: at which epsilon is read.
         catalogue_hash: of the public catalogue that the owner's item positions refer to.
+        max_users: public bound on its users, which the server's plan must name. Were it the server's to choose,
+            refusals would tell the private count.
+        simulated: written by simulations only; without it no run may seed the noise or ask for private figures.
     Raises:
         InputError: a number is missing or out of range.
     """
@@ -26,6 +29,8 @@ class Policy:
     epsilon: float | None
     delta: float
     catalogue_hash: str
+    max_users: int
+    simulated: bool = False
 
     def __post_init__(self) -> None:
         if self.epsilon is not None and not (math.isfinite(self.epsilon) and self.epsilon > 0):
@@ -34,6 +39,10 @@ class Policy:
             )
         if not (math.isfinite(self.delta) and 0 < self.delta < 1):
             raise InputError(f"policy: delta must lie between 0 and 1, both excluded; not {self.delta!r}")
+        if isinstance(self.max_users, bool) or not isinstance(self.max_users, int) or self.max_users < 1:
+            raise InputError(f"policy: max_users must be a whole number of at least 1, not {self.max_users!r}")
+        if not isinstance(self.simulated, bool):
+            raise InputError(f"policy: simulated must be true or false, not {self.simulated!r}")
         if not self.catalogue_hash:
             raise InputError("policy: catalogue_hash is empty")
 

@@ -47,25 +47,28 @@ def regime(users_times_epsilon: float, num_owners: int) -> Regime:
         )
     found = signal(users_times_epsilon, num_owners)
     size = (
-        f"Users × ε = {users_times_epsilon:,.0f}. Each of the {num_owners} owners adds all its noise itself, which leaves"
-        f" {found:,.0f} of that (÷ √{num_owners}). This"
+        f"Users × ε = {users_times_epsilon:,.0f}. Each of the {num_owners} owners adds all its noise itself, which"
+        f" leaves {found:,.0f} of that (÷ √{num_owners})."
     )
-    caveat = "This rule of thumb was read off one data set, MovieLens-1M; sparser data needed about five times more."
+    caveat = (
+        "This rule of thumb was read off one data set, MovieLens-1M, and a one-shot release; sparser data needed about"
+        " five times more, and a generator trained step by step, as here, hardly less."
+    )
     if found < _HOPELESS:
         return Regime(
             "noise wins",
-            f"{size} is below {_HOPELESS:,.0f}: expect no gain from the federation, because the noise that protects"
-            f" users hides what they have in common. More users or a larger ε would change that. {caveat}",
+            f"{size} Below {_HOPELESS:,.0f} expect no gain from the federation: the noise that protects users hides"
+            f" what they have in common. More users or a larger ε would change that. {caveat}",
         )
     if found < _PLENTY:
         return Regime(
             "some signal",
-            f"{size} lies between {_HOPELESS:,.0f} and {_PLENTY:,.0f}: expect owners with few users to gain a part of"
-            f" what pooling all data would bring, and owners with many users to gain little. {caveat}",
+            f"{size} Between {_HOPELESS:,.0f} and {_PLENTY:,.0f} expect little: owners with few users may gain a part"
+            f" of what pooling all data would bring, and weight 0 is often the right choice. {caveat}",
         )
     return Regime(
         "plenty of signal",
-        f"{size} is above {_PLENTY:,.0f}: expect most of what pooling all data would bring. {caveat}",
+        f"{size} Above {_PLENTY:,.0f} expect a good part of what the generator brings without privacy. {caveat}",
     )
 
 

@@ -15,6 +15,7 @@ from shared.errors import InputError
 from shared.files import write_atomically, write_json
 from shared.generators.multvae import GeneratorSpec, MultVAE, Weights, model_from
 
+LOCAL_NOISE = "local"
 SEEDED_NOISE = "seeded, not private"
 NO_NOISE = "none, not private"
 _FORMAT = 1
@@ -45,7 +46,7 @@ class GeneratorCard:
     @property
     def exportable(self) -> bool:
         """Whether the generator, and users drawn from it, may leave the owners."""
-        return self.noise not in (SEEDED_NOISE, NO_NOISE) and math.isfinite(self.epsilon)
+        return self.noise == LOCAL_NOISE and math.isfinite(self.epsilon)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,9 @@ from shared.rng import torch_stream
 
 Weights = dict[str, npt.NDArray[np.float32]]
 
+# An owner builds what a server asks for, so sizes have an end.
+_LARGEST = {"num_items": 10_000_000, "hidden_size": 10_000, "latent_size": 10_000, "num_components": 10_000}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratorSpec:
@@ -28,6 +31,21 @@ class GeneratorSpec:
     dropout: float
     popularity_scale: float
     kind: Literal["vae"] = "vae"
+
+    def __post_init__(self) -> None:
+        for name in ("num_items", "hidden_size", "latent_size", "num_components"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST[name]:
+                raise InputError(
+                    f"generator spec: {name} must be a whole number from 1 to {_LARGEST[name]}, not {value!r}"
+                )
+        ranges = {"kl_weight": 100.0, "kl_anneal_share": 1.0, "dropout": 0.99, "popularity_scale": 1000.0}
+        for name, limit in ranges.items():
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value <= limit:
+                raise InputError(f"generator spec: {name} must lie between 0 and {limit:g}, not {value!r}")
+        if self.prior not in ("gaussian", "mixture") or self.kind != "vae":
+            raise InputError(f"generator spec: unknown prior {self.prior!r} or kind {self.kind!r}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

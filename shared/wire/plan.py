@@ -7,6 +7,9 @@ from typing import Any, Self
 from shared.errors import InputError
 from shared.privacy.releases import DpSgdRelease
 
+# Far above any use; it keeps training finite, whoever the users are.
+_LARGEST_STEP = 1e6
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundPlan:
@@ -50,6 +53,12 @@ class RoundPlan:
             raise InputError(f"round plan: sample_rate must lie in (0, 1], not {self.sample_rate!r}")
         if self.max_grad_norm == 0 or self.learning_rate == 0:
             raise InputError("round plan: max_grad_norm and learning_rate must be greater than 0")
+        step = self.learning_rate * self.max_grad_norm / (self.sample_rate * self.max_users)
+        if step > _LARGEST_STEP:
+            raise InputError(
+                f"round plan: one user could move the weights by {step:g} in a step (learning_rate x max_grad_norm /"
+                f" expected batch), above {_LARGEST_STEP:g}. Lower learning_rate or max_grad_norm."
+            )
         if self.release is None:
             return
         planned = (self.num_steps, self.sample_rate, self.max_users)

@@ -67,7 +67,7 @@ def _warnings(study: dict[str, Any], run: dict[str, Any]) -> list[str]:
         )
     elif run.get("noise") == NO_NOISE or study["epsilon"] == "inf":
         found.append("Noise: none, not private. This generator must not leave the simulation.")
-    if run.get("catalogue", {}).get("source") == "assumed public":
+    if run.get("catalogue") == "assumed public":
         found.append(
             "Catalogue: assumed public. It was taken from the data of all owners, which only a simulation may do;"
             " a real federation brings a public catalogue."

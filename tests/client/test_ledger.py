@@ -20,6 +20,26 @@ def anything(releases):
     pass
 
 
+@pytest.fixture(autouse=True)
+def ledger_file(tmp_path):
+    Ledger.create(tmp_path / "ledger.sqlite")
+
+
+def test_a_missing_ledger_is_never_begun_again(tmp_path):
+    (tmp_path / "ledger.sqlite").unlink()
+    with pytest.raises(InputError, match="never start an empty one"):
+        Ledger(tmp_path / "ledger.sqlite")
+    assert not (tmp_path / "ledger.sqlite").exists()
+
+
+def test_creating_a_ledger_keeps_the_one_there_is(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.reserve(a_charge(1), allow=anything)
+    Ledger.create(tmp_path / "ledger.sqlite")
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        assert ledger.charges() == (a_charge(1),)
+
+
 def test_charges_survive_reopening_in_order(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         ledger.reserve(a_charge(1), allow=anything)

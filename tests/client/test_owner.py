@@ -92,7 +92,7 @@ def test_two_different_requests_for_one_round_are_refused(owner):
 
 def test_epsilon_never_resets_between_rounds_or_runs(owner):
     budget = epsilon([RELEASE] * 3, DELTA)
-    Policy(epsilon=budget, delta=DELTA, catalogue_hash=CATALOGUE).save(owner.directory)
+    Policy(epsilon=budget, delta=DELTA, catalogue_hash=CATALOGUE, max_users=40, simulated=True).save(owner.directory)
     owner.answer(a_job(1))
     owner.answer(a_job(2))
     owner.answer(a_job(1, run_id="another-run"))
@@ -102,7 +102,13 @@ def test_epsilon_never_resets_between_rounds_or_runs(owner):
 
 
 def test_a_budget_short_by_a_hair_refuses(owner):
-    Policy(epsilon=epsilon([RELEASE], DELTA) * (1 - 1e-9), delta=DELTA, catalogue_hash=CATALOGUE).save(owner.directory)
+    Policy(
+        epsilon=epsilon([RELEASE], DELTA) * (1 - 1e-9),
+        delta=DELTA,
+        catalogue_hash=CATALOGUE,
+        max_users=40,
+        simulated=True,
+    ).save(owner.directory)
     with pytest.raises(BudgetExceeded):
         owner.answer(a_job())
 
@@ -111,10 +117,10 @@ def test_a_job_without_noise_needs_an_owner_without_budget(owner):
     job = a_job(plan=terms(release=None))
     with pytest.raises(RefusedError, match="round 1 has no noise"):
         owner.answer(job)
-    Policy(epsilon=None, delta=DELTA, catalogue_hash=CATALOGUE).save(owner.directory)
+    Policy(epsilon=None, delta=DELTA, catalogue_hash=CATALOGUE, max_users=40, simulated=True).save(owner.directory)
     assert owner.answer(job).release is None
     # It stays on the ledger: a budget set later finds it spent.
-    Policy(epsilon=100.0, delta=DELTA, catalogue_hash=CATALOGUE).save(owner.directory)
+    Policy(epsilon=100.0, delta=DELTA, catalogue_hash=CATALOGUE, max_users=40, simulated=True).save(owner.directory)
     with pytest.raises(BudgetExceeded, match="epsilon=inf"):
         owner.answer(a_job(2))
 
@@ -130,7 +136,7 @@ def test_a_job_without_noise_needs_an_owner_without_budget(owner):
 def test_a_deployed_owner_refuses_what_only_a_simulation_may_ask(owner, change, words):
     with pytest.raises(RefusedError, match=words):
         replace(owner, simulated=False).answer(a_job(**change))
-    assert not (owner.directory / "ledger.sqlite").exists()
+    assert releases(owner) == ()
 
 
 def test_a_deployed_owner_trains_with_secret_noise_and_sends_no_figures(owner):
@@ -160,7 +166,22 @@ def test_histories_over_another_catalogue_cost_nothing(owner):
     Histories.from_rows([[0, 13]], num_items=14).save(owner.directory / "train.npz")
     with pytest.raises(InputError, match="histories over 14 items, the generator has 12"):
         owner.answer(a_job())
-    assert not (owner.directory / "ledger.sqlite").exists()
+    assert releases(owner) == ()
+
+
+def test_the_bound_on_users_is_the_owners_not_the_servers(owner):
+    for bound in (20, 39, 41, 10_000):  # 30 users: no refusal may depend on it
+        plan = terms(max_users=bound, release=replace(RELEASE, max_users=bound))
+        with pytest.raises(RefusedError, match=f"declares max_users=40, the plan says {bound}"):
+            owner.answer(a_job(plan=plan))
+    assert releases(owner) == ()
+
+
+def test_a_real_owners_policy_is_not_a_simulations(owner):
+    Policy(epsilon=1000.0, delta=DELTA, catalogue_hash=CATALOGUE, max_users=40).save(owner.directory)
+    with pytest.raises(RefusedError, match="is not a simulation's"):
+        owner.answer(a_job())
+    assert releases(owner) == ()
 
 
 def test_an_owner_without_a_policy_trains_nothing(owner):
@@ -169,10 +190,21 @@ def test_an_owner_without_a_policy_trains_nothing(owner):
         owner.answer(a_job())
 
 
-@pytest.mark.parametrize("bad", [{"epsilon": float("nan")}, {"epsilon": 0.0}, {"delta": 1.0}, {"catalogue_hash": ""}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"epsilon": float("nan")},
+        {"epsilon": 0.0},
+        {"delta": 1.0},
+        {"catalogue_hash": ""},
+        {"max_users": 0},
+        {"max_users": True},
+        {"simulated": "yes"},
+    ],
+)
 def test_a_policy_with_a_useless_number_is_refused(bad):
     with pytest.raises(InputError, match="policy"):
-        Policy(**{"epsilon": 1.0, "delta": 1e-5, "catalogue_hash": "c", **bad})
+        Policy(**{"epsilon": 1.0, "delta": 1e-5, "catalogue_hash": "c", "max_users": 5, **bad})
 
 
 def test_old_replies_do_not_pile_up(owner):

@@ -7,7 +7,7 @@ import pytest
 
 from client.train_generator import train_generator
 from shared.data.histories import Histories
-from shared.errors import FedAugError, InputError
+from shared.errors import InputError
 from shared.generators.multvae import GeneratorSpec, initial_weights
 from shared.privacy.releases import DpSgdRelease
 from shared.wire.plan import RoundPlan
@@ -100,10 +100,20 @@ def test_more_users_than_declared_are_refused():
         train_generator(WEIGHTS, users(51), SPEC, PLAN, noise_seed=3, owner="a")
 
 
-def test_what_is_not_finite_is_never_released():
-    wild = dataclasses.replace(PLAN, learning_rate=1e38)
-    with pytest.raises(FedAugError, match="nothing was released"):
-        train_generator(WEIGHTS, users(), SPEC, wild, noise_seed=3, owner="a")
+def test_a_plan_out_of_all_proportion_is_refused():
+    with pytest.raises(InputError, match="Lower learning_rate"):
+        dataclasses.replace(PLAN, learning_rate=1e38)
+
+
+def test_whether_a_round_is_released_does_not_depend_on_one_user():
+    # Weights that overflow for whoever holds item 7: with or without such a user there is a release.
+    weights = {name: value.copy() for name, value in WEIGHTS.items()}
+    weights["to_logits.weight"][7] = 3e38
+    weights["decoder.bias"][:] = 5.0
+    holders = Histories.from_rows([[7, 8], *([1, 2, 3] for _ in range(20))], 40)
+    for histories in (holders, holders.select(range(1, 21))):
+        trained = train_generator(weights, histories, SPEC, PLAN, noise_seed=3, owner="a")
+        assert np.isfinite(flat(trained.weights)).all()
 
 
 def test_a_plan_whose_price_is_of_other_steps_cannot_be_made():

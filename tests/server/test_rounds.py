@@ -202,7 +202,7 @@ def test_a_hello_that_does_not_fit_stops_the_run(tmp_path, hello, words):
 def test_a_catalogue_mismatch_has_its_own_kind(tmp_path):
     prepare(tmp_path)
     folder = tmp_path / "owners" / "owner-002"
-    Policy(epsilon=9.0, delta=DELTA, catalogue_hash="another").save(folder)
+    Policy(epsilon=9.0, delta=DELTA, catalogue_hash="another", max_users=40, simulated=True).save(folder)
     from client.app import app
 
     with pytest.raises(CatalogueMismatch, match=f"another, the server plans with {CATALOGUE}"):

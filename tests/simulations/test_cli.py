@@ -76,7 +76,7 @@ def test_the_run_folder_holds_what_the_contract_names(finished):
     assert card["privacy"]["noise"] == "seeded, not private"
     record = json.loads((run / "run.json").read_text())
     assert record["noise"] == "seeded, not private"
-    assert record["catalogue"]["source"] == "assumed public"
+    assert record["catalogue"] == "assumed public"
     study = json.loads((run / "study.json").read_text())
     assert set(study["arms"]) == {"local", "federated", "federated_no_dp", "central"}
     assert {owner["name"] for owner in study["owners"]} == {"owner-01", "owner-02", "owner-03"}
@@ -202,6 +202,12 @@ def test_a_run_folder_in_use_is_left_alone(tmp_path):
     result = fedaug("simulate", "--out", str(tmp_path))
     assert (result.returncode, "not empty" in result.stderr) == (2, True)
     assert (tmp_path / "keep.txt").read_text() == "mine"
+
+
+def test_brackets_in_a_path_are_printed_as_they_are(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["fedaug", "simulate", "--data", str(tmp_path / "[old]" / "a[/b].csv")])
+    assert run(app) == 2
+    assert "[old]/a[/b].csv" in capsys.readouterr().err.replace("\n", "")
 
 
 def test_every_command_has_help_and_stands_in_the_documents():

@@ -172,7 +172,9 @@ def test_a_bug_at_an_owner_stops_the_run_and_names_the_owner_alone(tmp_path, mon
 def test_a_run_that_would_exceed_a_budget_is_refused(tmp_path):
     prepare(tmp_path)
     budget = epsilon([RELEASE] * 2, DELTA)
-    Policy(epsilon=budget, delta=DELTA, catalogue_hash=CATALOGUE).save(tmp_path / "owners" / "owner-002")
+    Policy(epsilon=budget, delta=DELTA, catalogue_hash=CATALOGUE, max_users=40, simulated=True).save(
+        tmp_path / "owners" / "owner-002"
+    )
     with pytest.raises(RefusedError, match="round 3 would bring owner-002 to epsilon=") as refused:
         run(tmp_path)
     assert refused.value.exit_code == 3

@@ -11,7 +11,7 @@ from simulations.study import collect
 SEEDED = {
     "noise": "seeded, not private",
     "regime": {"sentence": "Expect <little>."},
-    "catalogue": {"source": "assumed public"},
+    "catalogue": "assumed public",
     "rounds": [{"server_round": r, "simulation_only": {"loss": 10.0 / r}} for r in (1, 2, 3)],
 }
 

@@ -38,7 +38,13 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 @pytest.mark.parametrize(
     ("epsilon", "noise", "exportable"),
-    [(8.0, "local", True), (8.0, SEEDED_NOISE, False), (math.inf, NO_NOISE, False), (math.inf, "local", False)],
+    [
+        (8.0, "local", True),
+        (8.0, SEEDED_NOISE, False),
+        (math.inf, NO_NOISE, False),
+        (math.inf, "local", False),
+        (8.0, "Local", False),
+    ],
 )
 def test_only_real_noise_makes_a_generator_exportable(tmp_path, epsilon, noise, exportable):
     save_generator(tmp_path, initial_weights(SPEC, 5), card(epsilon=epsilon, noise=noise), ITEMS)
