@@ -35,7 +35,7 @@ def run_lock(run_dir: Path, *, wait_seconds: float = _WAIT_SECONDS) -> Iterator[
                         " it, or stop that process, then resume the run."
                     ) from None
                 time.sleep(0.2)
-        # Who holds it and since when; a new line here also tells an engine that the server is up.
+        # For whoever finds it held: which process, and since when.
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "started": time.time()}))
         file.flush()

@@ -103,6 +103,11 @@ def build_recommender(section: RecommenderSection, num_items: int) -> Recommende
     # Imported here because each of them imports this module, and because SASRec's library takes seconds to load.
     device = choose_device(section.device)
     if section.kind == "ease":
+        if section.device != "auto" and device.type != "cpu":
+            raise InputError(
+                f"recommender.device={section.device!r}: EASE is solved on the CPU. Use recommender.device=auto, or"
+                " recommender.kind=multvae or sasrec."
+            )
         from shared.recommenders.ease import Ease
 
         return Ease(section.l2)
