@@ -182,5 +182,8 @@ def verdict(study: dict[str, Any]) -> str:
         text = f"No clear effect of augmentation: {numbers} against the owners' own users alone."
     if low > 0 and lift.get("gap_closed") is not None:
         text += f" That is {share(lift['gap_closed'])} of what pooling everyone's data would bring."
-    declined = sum(weight == 0 for weight in weights)
-    return text + (f" {declined} of {len(weights)} owners declined the synthetic users (weight 0)." if declined else "")
+    if (declined := sum(weight == 0 for weight in weights)) > 0:
+        text += f" {declined} of {len(weights)} owners declined the synthetic users (weight 0)."
+    if len(study["seeds"]) == 1:
+        text += " This is one seed, so the interval speaks of users only: `fedaug study` repeats split and noise."
+    return text
