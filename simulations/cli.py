@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 from rich.console import Console
@@ -60,19 +60,8 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Run a whole federation on this machine: train, synthesise, recommend, and price it."""
-    from simulations import commands
-
-    if resume is not None:
-        given = (scenario, data, out, seed, engine, settings, skip_bad_rows or None)
-        if any(value is not None for value in given):
-            raise InputError("--resume goes on with the run's own scenario; leave the other options out.")
-        commands.resume(resume, as_json=as_json)
-        return
-    chosen = _scenario(scenario, data, seed, engine, settings, skip_bad_rows)
-    if dry_run:
-        commands.price(chosen, as_json=as_json)
-    else:
-        commands.simulate(chosen, _run_folder(out, "simulate"), as_json=as_json)
+    given = _Given(scenario, data, seed, engine, settings, skip_bad_rows)
+    _run("simulate", given, out=out, resume=resume, dry_run=dry_run, as_json=as_json)
 
 
 @app.command()
@@ -89,19 +78,8 @@ def study(
     as_json: Json = False,
 ) -> None:
     """Compare local, federated, federated without privacy and central training on held-out users."""
-    from simulations import commands
-
-    if resume is not None:
-        given = (scenario, data, out, seed, engine, settings, skip_bad_rows or None)
-        if any(value is not None for value in given):
-            raise InputError("--resume goes on with the study's own scenario; leave the other options out.")
-        commands.resume(resume, as_json=as_json)
-        return
-    chosen = _scenario(scenario, data, seed, engine, settings, skip_bad_rows)
-    if dry_run:
-        commands.price(chosen, as_json=as_json)
-    else:
-        commands.study(chosen, _run_folder(out, "study"), as_json=as_json)
+    given = _Given(scenario, data, seed, engine, settings, skip_bad_rows)
+    _run("study", given, out=out, resume=resume, dry_run=dry_run, as_json=as_json)
 
 
 @app.command()
@@ -122,22 +100,48 @@ def synthesize(
     )
 
 
-def _scenario(
-    path: Path | None,
-    data: Path | None,
-    seed: int | None,
-    engine: str | None,
-    settings: list[str] | None,
-    skip_bad_rows: bool,
-) -> Scenario:
-    overrides = list(settings or [])
-    if data is not None:
-        overrides.append(f"data.path={json.dumps(str(data))}")
-    if engine is not None:
-        overrides.append(f"federation.engine={json.dumps(engine)}")
-    if skip_bad_rows:
-        overrides.append("data.skip_bad_rows=true")
-    return load_scenario(path, overrides, seed=seed)
+class _Given(NamedTuple):
+    """The options that make a scenario."""
+
+    path: Path | None
+    data: Path | None
+    seed: int | None
+    engine: str | None
+    settings: list[str] | None
+    skip_bad_rows: bool
+
+    def scenario(self) -> Scenario:
+        overrides = list(self.settings or [])
+        if self.data is not None:
+            overrides.append(f"data.path={json.dumps(str(self.data))}")
+        if self.engine is not None:
+            overrides.append(f"federation.engine={json.dumps(self.engine)}")
+        if self.skip_bad_rows:
+            overrides.append("data.skip_bad_rows=true")
+        return load_scenario(self.path, overrides, seed=self.seed)
+
+
+def _run(
+    command: Literal["simulate", "study"],
+    given: _Given,
+    *,
+    out: Path | None,
+    resume: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    from simulations import commands  # torch and Flower take seconds; --help should not
+
+    if resume is not None:
+        if out is not None or dry_run or any(value is not None and value is not False for value in given):
+            raise InputError("--resume goes on with the run's own scenario; leave the other options out.")
+        commands.resume(resume, as_json=as_json)
+    elif dry_run:
+        commands.price(given.scenario(), as_json=as_json)
+    elif command == "simulate":
+        commands.simulate(given.scenario(), _run_folder(out, command), as_json=as_json)
+    else:
+        commands.study(given.scenario(), _run_folder(out, command), as_json=as_json)
 
 
 def _run_folder(out: Path | None, command: str) -> Path:

@@ -118,7 +118,7 @@ def run_seed(prepared: Prepared, run_dir: Path, *, talk: Talk) -> FinishedRun:
             "federated": default_weight(price.users_times_epsilon, price.num_owners),
             "federated_no_dp": default_weight(math.inf, price.num_owners),
         }
-        talk.start("Recommenders at home", len(federation.owners))
+        talk.start("Recommenders at home", len(federation.owners) * max(1, len(synthetic)))
         owners = train_owners(
             federation.owners,
             Arms(synthetic=synthetic, default_weights=defaults, central="central" in scenario.study.arms),
@@ -129,8 +129,8 @@ def run_seed(prepared: Prepared, run_dir: Path, *, talk: Talk) -> FinishedRun:
         )
         if "federated_no_dp" in scenario.study.arms and "federated_no_dp" not in generators:
             owners = tuple(_copy_arm(owner, "federated", "federated_no_dp") for owner in owners)
-        outcome = SeedOutcome(seed=scenario.seed, owners=owners, seconds=sum(seconds.values()))
-        _write_owner_files(run_dir, federation, outcome, synthetic.get("federated"), generators.get("federated"))
+    outcome = SeedOutcome(seed=scenario.seed, owners=owners, seconds=sum(seconds.values()))
+    _write_owner_files(run_dir, federation, outcome, synthetic.get("federated"), generators.get("federated"))
     run = _record(scenario, run_dir, federation, price, generators, outcome, seconds)
     write_json(run_dir / "run.json", run)
     return FinishedRun(outcome, run)

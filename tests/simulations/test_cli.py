@@ -219,3 +219,16 @@ def test_every_command_has_help_and_stands_in_the_documents():
         assert f"fedaug {command}" in document
         options = set(re.findall(r"--[a-z][a-z-]+", fedaug(command, "--help").stdout)) - {"--help"}
         assert all(f"`{option}" in document for option in options), options
+
+
+def test_seconds_cover_every_phase(finished):
+    phases = json.loads((finished[0] / "run.json").read_text())["seconds"]
+    assert set(phases) == {"federated", "federated_no_dp", "home"}
+    total = json.loads((finished[0] / "study.json").read_text())["seconds"]
+    assert total == pytest.approx(sum(phases.values()), abs=0.1)
+
+
+def test_resuming_takes_no_other_option(monkeypatch, capsys, finished):
+    monkeypatch.setattr(sys, "argv", ["fedaug", "simulate", "--resume", str(finished[0]), "--seed", "0"])
+    assert run(app) == 2
+    assert "leave the other options out" in capsys.readouterr().err
