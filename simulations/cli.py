@@ -154,6 +154,9 @@ def _run_folder(out: Path | None, command: str) -> Path:
     return folder
 
 
+_INTERRUPTED = 130
+
+
 def main() -> None:
     """Entry point of ``fedaug``: our own errors become one message and their exit code."""
     sys.exit(run(app))
@@ -162,14 +165,16 @@ def main() -> None:
 def run(command: Callable[..., Any]) -> int:
     """Call ``command`` on the process arguments and return the exit code of docs/cli.md."""
     try:
-        command(standalone_mode=False)
-        return 0
+        code = command(standalone_mode=False)  # what its parser means to exit with, or None
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else 0
     except FedAugError as error:
         return _fail(str(error), error.exit_code)
     except typer.Exit as request:
         return request.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        return _fail("stopped. Go on later with --resume RUN.", 130)
+        return _fail("stopped. Go on later with --resume RUN.", _INTERRUPTED)
     except OSError as error:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return _bug(error)

@@ -204,6 +204,26 @@ def test_a_run_folder_in_use_is_left_alone(tmp_path):
     assert (tmp_path / "keep.txt").read_text() == "mine"
 
 
+def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
+    def interrupt(scenario, *, as_json):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("simulations.commands.price", interrupt)
+    monkeypatch.setattr(sys, "argv", ["fedaug", "simulate", "--dry-run"])
+    assert run(app) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_a_bug_is_called_one(monkeypatch, capsys):
+    def stumble(scenario, *, as_json):
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("simulations.commands.price", stumble)
+    monkeypatch.setattr(sys, "argv", ["fedaug", "simulate", "--dry-run"])
+    assert run(app) == 1
+    assert "this is a bug in fedaug" in capsys.readouterr().err
+
+
 def test_brackets_in_a_path_are_printed_as_they_are(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["fedaug", "simulate", "--data", str(tmp_path / "[old]" / "a[/b].csv")])
     assert run(app) == 2
