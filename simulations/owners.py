@@ -82,6 +82,12 @@ def build_federation(scenario: Scenario, *, seed: int) -> Federation:
     if study.holdout == "time":
         dealt = users.histories.select(np.concatenate(list(parts.values())))
         cut = assumed_public["time_cut"] = time_cut(dealt, study.holdout_share)
+    # Who is a user of two owners would be tested at one and trained on at the other, through the generator.
+    _, person, owners_of = np.unique(
+        users.user_ids[np.concatenate(list(parts.values()))], return_inverse=True, return_counts=True
+    )
+    testable = np.zeros(users.histories.num_users, dtype=bool)
+    testable[np.concatenate(list(parts.values()))] = owners_of[person] == 1
     owners = []
     for name, positions in parts.items():
         try:
@@ -92,6 +98,7 @@ def build_federation(scenario: Scenario, *, seed: int) -> Federation:
                 fold_in_share=study.fold_in_share,
                 rng=stream(seed, "holdout", name),
                 cut=cut,
+                testable=testable[positions],
             )
         except InputError as error:
             raise InputError(f"owner {name}: {error}") from None

@@ -47,12 +47,13 @@ def split_histories(
     fold_in_share: float,
     rng: np.random.Generator,
     cut: int | None = None,
+    testable: npt.NDArray[np.bool_] | None = None,
 ) -> Split:
     """Split by ``holdout``; every result has passed :func:`assert_no_leak`.
 
     ``users``: a ``holdout_share`` of the users with two or more items is tested and never trained on; each
     shows a random ``fold_in_share`` of its history and is asked for the rest, one item at least on each side
-    (strong generalisation, Liang et al. 2018, arXiv:1802.05814).
+    (strong generalisation, Liang et al. 2018, arXiv:1802.05814). Only ``testable`` users are drawn, all by default.
     ``last``: everyone with two or more items is asked for its last one; the rest is trained on and shown.
     ``time``: what happened before ``cut`` is trained on; who has interactions on both sides shows the earlier and
     is asked for the later. One cut must serve all owners; by default it leaves the newest ``holdout_share`` of
@@ -63,7 +64,7 @@ def split_histories(
         LeakError: a guard failed.
     """
     if holdout == "users":
-        return _by_users(histories, holdout_share, fold_in_share, rng)
+        return _by_users(histories, holdout_share, fold_in_share, rng, testable)
     if holdout == "last":
         return _by_last(histories)
     return _by_time(histories, time_cut(histories, holdout_share) if cut is None else cut)
@@ -120,13 +121,19 @@ def assert_users_disjoint(train_users: IntArray, test_users: IntArray) -> None:
         raise LeakError(f"{shared} test user(s) are among the {len(train_users)} training users. Split again.")
 
 
-def _by_users(histories: Histories, holdout_share: float, fold_in_share: float, rng: np.random.Generator) -> Split:
-    lengths = histories.lengths()
-    eligible = np.flatnonzero(lengths >= 2)
+def _by_users(
+    histories: Histories,
+    holdout_share: float,
+    fold_in_share: float,
+    rng: np.random.Generator,
+    testable: npt.NDArray[np.bool_] | None,
+) -> Split:
+    eligible = np.flatnonzero((histories.lengths() >= 2) & (True if testable is None else testable))
     if len(eligible) == 0 or histories.num_users < 2:
         raise InputError(
             f"holding out users needs 2 users, one of them with 2 or more items; there are {histories.num_users} users,"
-            f" {len(eligible)} of them with 2 or more items. Use fewer owners or lower data.min_interactions."
+            f" {len(eligible)} of them with 2 or more items and at no other owner. Use fewer owners or lower"
+            " data.min_interactions."
         )
     num_test = min(max(1, round(holdout_share * len(eligible))), histories.num_users - 1)
     test_users = np.sort(rng.permutation(eligible)[:num_test])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.config import scenario_from
+from shared.config import load_scenario, scenario_from
 from shared.data.histories import Histories
 from shared.data.indexing import IndexedUsers
 from shared.errors import InputError
@@ -118,9 +118,10 @@ def test_a_federation_from_a_file(tmp_path):
 
 def test_a_person_at_two_institutions_is_a_user_of_each(tmp_path):
     rows = [(user, item, item, place) for user in range(4) for item in range(6) for place in ("a", "b")]
+    rows += [(user, item, item, "ab"[user % 2]) for user in range(10, 16) for item in range(6)]
     made = federation(write(tmp_path, rows), num_owners=2)
-    assert made.counts["users"] == 8
-    assert federation(write(tmp_path, rows), num_owners=2, split="random").counts["users"] == 4
+    assert made.counts["users"] == 8 + 6
+    assert federation(write(tmp_path, rows), num_owners=2, split="random").counts["users"] == 4 + 6
 
 
 def test_a_public_catalogue_is_used_whole(tmp_path):
@@ -134,3 +135,15 @@ def test_a_public_catalogue_is_used_whole(tmp_path):
     (tmp_path / "items.txt").write_text("0\n1\n2\n3\n")
     with pytest.raises(InputError, match=r"8 of 40 rows name 1 item"):
         federation(path, num_owners=2, catalogue=str(tmp_path / "items.txt"))
+
+
+def test_a_user_of_two_owners_is_trained_on_but_never_held_out(tmp_path):
+    lines = ["user_id,item_id,institution"]
+    for user in range(40):
+        for owner in ("a", "b") if user % 2 else ("a",) if user % 4 else ("b",):
+            lines += [f"u{user},i{item},{owner}" for item in range(user % 7, user % 7 + 6)]
+    (tmp_path / "shops.csv").write_text("\n".join(lines) + "\n")
+    scenario = load_scenario(None, [f"data.path={tmp_path / 'shops.csv'}", "data.num_owners=2"])
+    for owner in build_federation(scenario, seed=0).owners:
+        # Ten users of each owner are its own: a fifth of those, and none of the twenty shared ones.
+        assert (owner.num_users, owner.split.fold_in.num_users) == (30, 2)
