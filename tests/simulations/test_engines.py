@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -278,3 +280,32 @@ def wait_until(is_so: Callable[[], bool], *, seconds: float) -> None:
     while not is_so():
         assert time.monotonic() < give_up, f"not so after {seconds} seconds"
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_that_is_named_is_used_and_left_running(tmp_path, monkeypatch):
+    for name in ("inprocess", "flower"):
+        prepare(tmp_path / name)
+    ray = str(Path(sys.executable).with_name("ray"))
+    port, folder = flower._free_port(), tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets need a short path
+    cluster = subprocess.Popen(
+        [ray, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--temp-dir={folder}"],
+        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        with_address = {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+        wait_until(
+            lambda: subprocess.run([ray, "status"], env=with_address, capture_output=True).returncode == 0, seconds=60
+        )
+        before = set(Path(folder).glob("session_latest/logs/worker-*"))
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+        assert run(tmp_path / "flower", engine="flower") == run(tmp_path / "inprocess")
+        assert set(Path(folder).glob("session_latest/logs/worker-*")) - before  # the owners' work was done there
+        assert cluster.poll() is None
+    finally:
+        os.killpg(cluster.pid, signal.SIGKILL)
+        cluster.wait()
+        shutil.rmtree(folder, ignore_errors=True)
