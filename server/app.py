@@ -1,6 +1,5 @@
 """Start the rounds when Flower starts the server."""
 
-import json
 from pathlib import Path
 
 from flwr.app import Context
@@ -8,7 +7,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from server.rounds import run_rounds
 from shared.errors import FedAugError, InputError
-from shared.files import write_atomically
+from shared.files import write_json
 
 app = ServerApp()
 
@@ -24,5 +23,5 @@ def main(grid: Grid, context: Context) -> None:
         run_rounds(grid, run_dir)
     except FedAugError as error:
         # Flower keeps only a string of what stopped a run; whoever started it needs the exit code too.
-        write_atomically(failure, json.dumps({"exit_code": error.exit_code, "text": str(error)}).encode())
+        write_json(failure, {"exit_code": error.exit_code, "text": str(error)})
         raise

@@ -78,16 +78,14 @@ def build_federation(scenario: Scenario, *, seed: int) -> Federation:
         dirichlet_alpha=data.dirichlet_alpha,
         rng=stream(seed, "partition"),
     )
+    dealt = np.concatenate(list(parts.values()))
     cut = None
     if study.holdout == "time":
-        dealt = users.histories.select(np.concatenate(list(parts.values())))
-        cut = assumed_public["time_cut"] = time_cut(dealt, study.holdout_share)
+        cut = assumed_public["time_cut"] = time_cut(users.histories.select(dealt), study.holdout_share)
     # Who is a user of two owners would be tested at one and trained on at the other, through the generator.
-    _, person, owners_of = np.unique(
-        users.user_ids[np.concatenate(list(parts.values()))], return_inverse=True, return_counts=True
-    )
+    _, person, owners_of = np.unique(users.user_ids[dealt], return_inverse=True, return_counts=True)
     testable = np.zeros(users.histories.num_users, dtype=bool)
-    testable[np.concatenate(list(parts.values()))] = owners_of[person] == 1
+    testable[dealt] = owners_of[person] == 1
     owners = []
     for name, positions in parts.items():
         try:

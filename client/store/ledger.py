@@ -3,6 +3,7 @@
 import json
 import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -61,11 +62,7 @@ class Ledger:
         self._path = path
         try:
             # mode=rw: a missing ledger must stop the owner, not begin again at epsilon 0.
-            self._database = sqlite3.connect(
-                f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=30, isolation_level=None
-            )
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = FULL")  # in WAL mode, the only level that survives a power cut
+            self._database = _connect(path, mode="rw")
             self._database.execute("SELECT count(*) FROM charges")
         except (sqlite3.Error, OSError) as error:
             raise self._unusable(error) from None
@@ -79,13 +76,8 @@ class Ledger:
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            database = sqlite3.connect(path, timeout=30, isolation_level=None)
-            try:
-                database.execute("PRAGMA journal_mode = WAL")
-                database.execute("PRAGMA synchronous = FULL")
+            with closing(_connect(path, mode="rwc")) as database:
                 database.execute(_SCHEMA)
-            finally:
-                database.close()
         except (sqlite3.Error, OSError) as error:
             raise _unusable(path, error) from None
 
@@ -161,6 +153,17 @@ class Ledger:
 
     def _unusable(self, error: Exception) -> InputError:
         return _unusable(self._path, error)
+
+
+def _connect(path: Path, *, mode: Literal["rw", "rwc"]) -> sqlite3.Connection:
+    database = sqlite3.connect(f"{path.resolve().as_uri()}?mode={mode}", uri=True, timeout=30, isolation_level=None)
+    try:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")  # in WAL mode, the only level that survives a power cut
+    except sqlite3.Error:
+        database.close()
+        raise
+    return database
 
 
 def _unusable(path: Path, error: Exception) -> InputError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from shared.errors import InputError
-from shared.files import write_atomically
+from shared.files import write_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +47,7 @@ class Policy:
             raise InputError("policy: catalogue_hash is empty")
 
     def save(self, directory: Path) -> None:
-        content = json.dumps(asdict(self), indent=2, allow_nan=False)
-        write_atomically(directory / "policy.json", content.encode())
+        write_json(directory / "policy.json", asdict(self))
 
     @classmethod
     def load(cls, directory: Path) -> Self:
