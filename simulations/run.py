@@ -191,7 +191,9 @@ def _prepare(scenario: Scenario, federation: Federation, price: Price, run_dir: 
             max_users=price.max_users,
             simulated=True,
         ).save(folder)
-        Ledger.create(folder / "ledger.sqlite")
+        # Not on resuming: a ledger that was lost since must stop the run, not begin again at epsilon 0.
+        if not (run_dir / "plan.json").exists():
+            Ledger.create(folder / "ledger.sqlite")
         owner.split.train.save(folder / "train.npz")
     plan.save(run_dir)
 
@@ -222,10 +224,9 @@ def _releases(run_dir: Path, owner: str) -> list[dict[str, Any]]:
 
 
 def _charged(run_dir: Path, owner: str) -> tuple[DpSgdRelease | None, ...]:
-    path = run_dir / "owners" / owner / "ledger.sqlite"
-    if not path.exists():  # a study of arms that train no generator
+    if not (run_dir / "plan.json").exists():  # arms that train no generator; else a lost ledger must not read as 0
         return ()
-    with Ledger(path) as ledger:
+    with Ledger(run_dir / "owners" / owner / "ledger.sqlite") as ledger:
         return ledger.releases()
 
 

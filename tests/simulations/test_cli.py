@@ -103,6 +103,14 @@ def test_a_run_that_stopped_at_home_goes_on_to_the_same_end(finished, tmp_path):
     assert json.loads(result.stdout)["owners"] == json.loads((finished[0] / "run.json").read_text())["owners"]
 
 
+def test_resuming_without_a_ledger_is_refused(finished, tmp_path):
+    run = tmp_path / "copy"
+    shutil.copytree(finished[0], run)
+    (run / "owners" / "owner-02" / "ledger.sqlite").unlink()
+    result = fedaug("simulate", "--resume", str(run))
+    assert (result.returncode, "never start an empty one" in result.stderr) == (2, True)
+
+
 def test_resuming_with_other_data_is_refused(finished, tmp_path):
     run = tmp_path / "copy"
     shutil.copytree(finished[0], run)
