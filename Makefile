@@ -30,6 +30,7 @@ check: venv
 bench: venv
 	$(BIN)/python -m benchmarks.ingest
 	$(BIN)/python -m benchmarks.engines
+	$(BIN)/python -m benchmarks.dpsgd
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

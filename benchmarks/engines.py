@@ -121,6 +121,7 @@ def _prepare(run_dir: Path, num_owners: int, num_rounds: int) -> None:
         terms=RoundPlan(
             server_round=1,
             num_rounds=num_rounds,
+            num_owners=num_owners,
             num_steps=release.num_steps,
             sample_rate=release.sample_rate,
             max_users=release.max_users,

@@ -10,10 +10,11 @@ from pathlib import Path
 from client.store.ledger import Charge, Ledger
 from client.store.policy import Policy
 from client.store.replies import load_reply, save_reply
-from client.train_generator import train_generator
+from client.train_generator import TrainedRound, train_generator
 from shared.data.histories import Histories
-from shared.errors import BudgetExceeded, InputError, RefusedError
+from shared.errors import BudgetExceeded, FedAugError, InputError, RefusedError
 from shared.privacy.accounting import epsilon
+from shared.privacy.noise import LOCAL_NOISE, NO_NOISE, SEEDED_NOISE, NoiseKind
 from shared.privacy.releases import DpSgdRelease
 from shared.wire.messages import WIRE_VERSION, CatalogueMismatch, Hello, TrainJob, TrainReply
 
@@ -67,18 +68,19 @@ class Owner:
                     return kept
             # Charged before training: a crash may count a round nobody saw, but never miss one.
             # Repeating seeded noise repeats the release, which is on the ledger already.
-            if before is None or not before.seeded:
+            if before is None or before.noise == LOCAL_NOISE:
                 charge = Charge(
                     run_id=run_id,
                     server_round=server_round,
                     release=job.plan.release,
                     job_digest=job.digest,
-                    seeded=job.noise_seed is not None,
+                    noise=_noise_of(job),
                 )
                 ledger.reserve(charge, allow=lambda releases: self._refuse_over_budget(releases, policy, server_round))
-            reply = self._train(job, histories)
+            trained = self._train(job, histories, policy)
+            reply = self._reply(job, trained, histories)
             save_reply(self.directory, job, reply)
-            ledger.commit(run_id, server_round)
+            ledger.commit(run_id, server_round, zeroed_users=trained.num_zeroed)
         return reply
 
     def _histories(self, job: TrainJob, policy: Policy) -> Histories:
@@ -95,16 +97,35 @@ class Owner:
             )
         return histories
 
-    def _train(self, job: TrainJob, histories: Histories) -> TrainReply:
+    def _train(self, job: TrainJob, histories: Histories, policy: Policy) -> TrainedRound:
         trained = train_generator(
-            job.weights, histories, job.spec, job.plan, noise_seed=job.noise_seed, owner=self.name
+            job.weights,
+            histories,
+            job.spec,
+            job.plan,
+            noise_seed=job.noise_seed,
+            owner=self.name,
+            engine=policy.dpsgd_engine,
+            device=policy.dpsgd_device,
         )
-        private = {"loss": trained.loss, "num_users": float(histories.num_users)}
+        if trained.release != job.plan.release:
+            raise FedAugError(
+                f"{self.name} charged {job.plan.release} for round {job.plan.server_round} but executed"
+                f" {trained.release}. Nothing was released; report this as a bug."
+            )
+        return trained
+
+    def _reply(self, job: TrainJob, trained: TrainedRound, histories: Histories) -> TrainReply:
+        private = {
+            "loss": trained.loss,
+            "num_users": float(histories.num_users),
+            "zeroed_users": float(trained.num_zeroed),
+        }
         return TrainReply(
             owner=self.name,
             server_round=job.plan.server_round,
             weights=trained.weights,
-            release=job.plan.release,
+            release=trained.release,
             simulation_only=private if self.simulated and job.collect_metrics else {},
         )
 
@@ -151,6 +172,12 @@ class Owner:
                 f" promised {policy.epsilon:g} and has spent {before:.3f}. Keep the last generator and stop, or plan"
                 " rounds with more noise."
             )
+
+
+def _noise_of(job: TrainJob) -> NoiseKind:
+    if job.plan.release is None:
+        return NO_NOISE
+    return LOCAL_NOISE if job.noise_seed is None else SEEDED_NOISE
 
 
 @lru_cache(maxsize=256)

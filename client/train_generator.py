@@ -6,24 +6,36 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 
+from shared.config import EngineName
 from shared.data.histories import Histories
+from shared.devices import choose_device
+from shared.dpsgd.bags import Bags
 from shared.dpsgd.chance import Chance
-from shared.dpsgd.ghost import GhostDpSgd
+from shared.dpsgd.engines import build_engine
+from shared.dpsgd.sampling import draw_users
 from shared.errors import InputError
 from shared.generators.multvae import GeneratorSpec, MultVAE, Weights, kl_weight_at, model_from
+from shared.privacy.releases import DpSgdRelease
 from shared.rng import torch_stream
 from shared.wire.plan import RoundPlan
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedRound:
-    """The result of a round. ``weights`` are the release; ``loss`` is private and stays at the owner."""
+    """The result of a round. ``weights`` are the release; everything else is private and stays at the owner.
+
+    Args:
+        release: what was executed, by Opacus' accountant; None without privacy.
+        loss: mean over the users drawn and steps; no number where nobody was drawn.
+        num_zeroed: users that counted as zero because their loss or gradient was not finite, over all steps.
+    """
 
     weights: Weights
+    release: DpSgdRelease | None
     loss: float
+    num_zeroed: int
 
 
 def train_generator(
@@ -34,6 +46,8 @@ def train_generator(
     *,
     noise_seed: int | None,
     owner: str,
+    engine: EngineName = "bookkeeping",
+    device: str = "cpu",
 ) -> TrainedRound:
     """Run the steps of ``plan`` from ``weights`` on the owner's users.
 
@@ -41,52 +55,57 @@ def train_generator(
         noise_seed: makes sampling and noise repeatable, and so *not private*; None draws both from
             the operating system's entropy.
         owner: names the owner's streams of chance.
+        engine: how gradients are clipped by user; the result is the same up to rounding.
     Guarantee:
         With a release, every number in the result is covered by it. The same seed gives the same
-        bits, whatever else runs on the machine.
+        bits on one device, whatever else runs on the machine.
     Raises:
         InputError: the owner has more users than the public ``max_users``, weights do not fit, or training left the
             finite numbers, which takes a plan out of all proportion; nothing is released then.
     """
-    if histories.num_users > plan.max_users:
-        raise InputError(
-            f"this owner holds more users than max_users={plan.max_users}, the bound it declared. Declare a larger"
-            " privacy.max_users."
-        )
     with _one_thread():
-        model = model_from(spec, weights)
-        trainer = _Trainer(model, plan, chance=_chance(noise_seed, owner, "noise", plan.server_round))
+        place = choose_device(device, key="dpsgd.device")
+        model = model_from(spec, weights).to(place)
+        trainer = _Trainer(model, plan, engine, chance=_chance(noise_seed, owner, "noise", plan.server_round))
         sampling = _chance(noise_seed, owner, "sampling", plan.server_round)
-        drawing = _torch_generator(noise_seed, owner, "latent", plan.server_round)
+        drawing = _torch_generator(noise_seed, owner, "latent", plan.server_round, device=place)
         matrix, losses = histories.to_csr(), []
         for step in range(plan.num_steps):
             done = (plan.server_round - 1) * plan.num_steps + step
             kl_weight = kl_weight_at(spec, share_done=done / (plan.num_rounds * plan.num_steps))
-            drawn = _draw(matrix, plan.sample_rate, sampling)
-            losses.append(trainer.step(drawn, partial(model.loss, kl_weight=kl_weight, generator=drawing)))
-        trained = {name: value.detach().numpy().copy() for name, value in model.state_dict().items()}
+            drawn = draw_users(
+                histories.num_users,
+                sample_rate=plan.sample_rate,
+                max_batch=plan.release.max_batch if plan.release else None,
+                max_users=plan.max_users,
+                chance=sampling,
+            )
+            users = Bags.from_rows(matrix, drawn).to(place)
+            losses.append(trainer.step(users, partial(model.loss, kl_weight=kl_weight, generator=drawing)))
+        trained = {name: value.detach().cpu().numpy().copy() for name, value in model.state_dict().items()}
     if not all(np.isfinite(value).all() for value in trained.values()):
         raise InputError(
             f"round {plan.server_round}: training left the finite numbers, so nothing was released."
             f" Lower federation.client_learning_rate (now {plan.learning_rate:g})."
         )
-    return TrainedRound(trained, float(torch.cat(losses).mean()) if sum(map(len, losses)) else float("nan"))
+    loss = float(torch.cat(losses).mean()) if sum(map(len, losses)) else float("nan")
+    return TrainedRound(trained, trainer.executed(), loss, trainer.num_zeroed)
 
 
 class _Trainer:
     """SGD steps, private where the plan has a release."""
 
-    def __init__(self, model: MultVAE, plan: RoundPlan, *, chance: Chance) -> None:
+    def __init__(self, model: MultVAE, plan: RoundPlan, engine: EngineName, *, chance: Chance) -> None:
         self._plan = plan
         self._received = [(p, p.detach().clone()) for p in model.parameters()] if plan.proximal_mu else []
         self._optimizer = torch.optim.SGD(model.parameters(), lr=plan.learning_rate)
         self._private = (
-            GhostDpSgd(model, self._optimizer, plan.release, max_grad_norm=plan.max_grad_norm, chance=chance)
+            build_engine(engine, model, self._optimizer, plan.release, max_grad_norm=plan.max_grad_norm, chance=chance)
             if plan.release is not None
             else None
         )
 
-    def step(self, users: torch.Tensor, losses: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def step(self, users: Bags, losses: Callable[[Bags], torch.Tensor]) -> torch.Tensor:
         if self._private is not None:
             return self._private.step(users, losses, after_noise=self._pull)
         self._optimizer.zero_grad()
@@ -96,6 +115,13 @@ class _Trainer:
         self._optimizer.step()
         return loss_per_user.detach()
 
+    def executed(self) -> DpSgdRelease | None:
+        return self._private.executed() if self._private is not None else None
+
+    @property
+    def num_zeroed(self) -> int:
+        return self._private.num_zeroed if self._private is not None else 0
+
     def _pull(self) -> None:
         # FedProx (Li et al. 2020, arXiv:1812.06127): looks at weights alone, so it comes after the
         # noise and costs nothing.
@@ -104,21 +130,17 @@ class _Trainer:
             parameter.grad.add_(parameter.detach() - received, alpha=self._plan.proximal_mu)
 
 
-def _draw(matrix: sp.csr_matrix, sample_rate: float, chance: Chance) -> torch.Tensor:
-    chosen = np.flatnonzero(chance.uniform(matrix.shape[0]) < sample_rate)
-    return torch.from_numpy(matrix[chosen].toarray())
-
-
 def _chance(seed: int | None, *names: str | int) -> Chance:
     return Chance.secret() if seed is None else Chance.seeded(seed, *names)
 
 
-def _torch_generator(seed: int | None, *names: str | int) -> torch.Generator:
+def _torch_generator(seed: int | None, *names: str | int, device: torch.device) -> torch.Generator:
     """For dropout and latent draws, on which no privacy rests."""
-    if seed is not None:
-        return torch_stream(seed, *names)
-    generator = torch.Generator()
-    generator.seed()
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(torch_stream(seed, *names).initial_seed())
     return generator
 
 

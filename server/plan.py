@@ -62,6 +62,11 @@ class FederationPlan:
             )
         if set(self.weights) - set(self.owners) or not all(math.isfinite(w) and w > 0 for w in self.weights.values()):
             raise InputError("plan: weights must be finite, greater than 0, and of owners in the plan.")
+        if self.terms.num_owners != len(self.owners):
+            raise InputError(
+                f"plan: the terms say {self.terms.num_owners} owners, the plan names {len(self.owners)}. Owners decide"
+                " by that number; give the same."
+            )
         if self.terms.server_round != 1:
             raise InputError(f"plan: terms must be those of round 1, not {self.terms.server_round}.")
 

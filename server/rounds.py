@@ -121,8 +121,9 @@ def _figures(replies: list[TrainReply], server_round: int, plan: FederationPlan,
     }
     if plan.collect_metrics:
         users = np.array([reply.simulation_only["num_users"] for reply in replies])
+        zeroed = sum(int(reply.simulation_only["zeroed_users"]) for reply in replies)
         losses = np.array([reply.simulation_only["loss"] for reply in replies])
         seen = np.isfinite(losses) & (users > 0)  # an owner whose draws were all empty has no loss
         mean = float(np.average(losses[seen], weights=users[seen])) if seen.any() else None
-        figures["simulation_only"] = {"loss": mean, "num_users": int(users.sum())}
+        figures["simulation_only"] = {"loss": mean, "num_users": int(users.sum()), "zeroed_users": zeroed}
     return figures

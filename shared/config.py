@@ -11,6 +11,7 @@ from shared.errors import InputError
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+EngineName = Literal["bookkeeping", "ghost", "hooks"]
 Finite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -93,6 +94,16 @@ class PrivacySection(_Section):
     sample_rate: Annotated[float, Field(gt=0, le=1)] = Field(
         0.2, description="chance that a user is in the batch of a step"
     )
+    max_batch: PositiveInt | None = Field(
+        None, description="hard cap on a batch; default: so high that it costs no epsilon"
+    )
+
+
+class DpSgdSection(_Section):
+    engine: EngineName = Field(
+        "bookkeeping", description="how gradients are clipped by user; ghost and hooks are Opacus' own, and slower"
+    )
+    device: str = Field("cpu", description="where generators are trained: auto, cpu, cuda or cuda:N")
 
 
 class GeneratorSection(_Section):
@@ -153,6 +164,7 @@ class Scenario(_Section):
     data: DataSection = DataSection()
     federation: FederationSection = FederationSection()
     privacy: PrivacySection = PrivacySection()
+    dpsgd: DpSgdSection = DpSgdSection()
     generator: GeneratorSection = GeneratorSection()
     augmentation: AugmentationSection = AugmentationSection()
     recommender: RecommenderSection = RecommenderSection()

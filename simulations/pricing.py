@@ -8,7 +8,7 @@ from shared.config import Scenario
 from shared.errors import InputError
 from shared.generators.multvae import GeneratorSpec
 from shared.privacy.accounting import certified_epsilon, default_delta
-from shared.privacy.calibration import calibrate
+from shared.privacy.calibration import calibrate, default_max_batch
 from shared.privacy.releases import DpSgdRelease
 from shared.wire.plan import RoundPlan
 from simulations.owners import Federation
@@ -88,12 +88,18 @@ def price_of(scenario: Scenario, federation: Federation) -> Price:
     steps = scenario.federation.rounds * scenario.federation.local_steps
     release = None
     if math.isfinite(scenario.privacy.epsilon):
+        rate = scenario.privacy.sample_rate
         release = calibrate(
             target_epsilon=scenario.privacy.epsilon,
             delta=delta,
-            sample_rate=scenario.privacy.sample_rate,
+            sample_rate=rate,
             num_steps=steps,
             max_users=max_users,
+            max_batch=min(
+                max_users,
+                scenario.privacy.max_batch
+                or default_max_batch(max_users=max_users, sample_rate=rate, num_steps=steps, delta=delta),
+            ),
         )
     return Price(
         num_owners=len(federation.owners),
@@ -113,6 +119,7 @@ def first_round(scenario: Scenario, price: Price, *, private: bool) -> RoundPlan
     return RoundPlan(
         server_round=1,
         num_rounds=section.rounds,
+        num_owners=price.num_owners,
         num_steps=section.local_steps,
         sample_rate=scenario.privacy.sample_rate,
         max_users=price.max_users,

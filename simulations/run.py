@@ -22,8 +22,9 @@ from shared.config import Scenario, scenario_from
 from shared.data.histories import Histories
 from shared.errors import InputError
 from shared.files import write_atomically, write_json
-from shared.generators.card import NO_NOISE, SEEDED_NOISE, Generator, GeneratorCard, load_generator, save_generator
+from shared.generators.card import Generator, GeneratorCard, load_generator, save_generator
 from shared.privacy.accounting import certified_epsilon
+from shared.privacy.noise import NO_NOISE, SEEDED_NOISE
 from shared.privacy.releases import DpSgdRelease
 from shared.recommenders.base import Recommender, build_recommender
 from simulations.engines import run_federation
@@ -189,6 +190,8 @@ def _prepare(scenario: Scenario, federation: Federation, price: Price, run_dir: 
             delta=price.delta,
             catalogue_hash=federation.catalogue.hash,
             max_users=price.max_users,
+            dpsgd_engine=scenario.dpsgd.engine,
+            dpsgd_device=scenario.dpsgd.device,
             simulated=True,
         ).save(folder)
         # Not on resuming: a ledger that was lost since must stop the run, not begin again at epsilon 0.

@@ -34,6 +34,7 @@ def terms(**changes: Any) -> RoundPlan:
     values: dict[str, Any] = {
         "server_round": 1,
         "num_rounds": 3,
+        "num_owners": 3,
         "num_steps": 2,
         "sample_rate": 0.3,
         "max_users": 40,
@@ -63,7 +64,7 @@ def plan_for(owners: tuple[str, ...], **changes: Any) -> FederationPlan:
         "run_id": "a-test",
         "seed": 7,
         "spec": SPEC,
-        "terms": terms(),
+        "terms": terms(num_owners=len(owners)),
         "strategy": "fedadam",
         "server_learning_rate": 0.05,
         "server_momentum": 0.9,

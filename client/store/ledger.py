@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from shared.errors import InputError
+from shared.privacy.noise import NoiseKind
 from shared.privacy.releases import DpSgdRelease
 
 # Epsilon is not a column: it is derived from the releases, so a better accountant re-reads the same rows.
@@ -20,7 +21,8 @@ CREATE TABLE IF NOT EXISTS charges (
     server_round INTEGER NOT NULL,
     release TEXT NOT NULL,       -- JSON; 'null' where a simulation trained without privacy
     job_digest TEXT NOT NULL,
-    seeded INTEGER NOT NULL,     -- 1: the noise can be repeated, so it is not private
+    noise TEXT NOT NULL,         -- 'local', or why it is not private
+    zeroed_users INTEGER,        -- users that counted as zero, known when committed; never leaves the owner
     status TEXT NOT NULL CHECK (status IN ('reserved', 'committed'))
 )
 """
@@ -33,16 +35,19 @@ class Charge:
     Args:
         release: None where a simulation trained without privacy.
         job_digest: of the request it answers.
-        seeded: the noise can be repeated, so the same request gives the same release.
+        noise: local noise is secret; seeded noise can be repeated, and so the same request gives the same release.
         status: ``reserved`` before training, ``committed`` once the reply is on disk.
+        zeroed_users: how often a user counted as zero because its loss or gradient was not finite; None until
+            committed.
     """
 
     run_id: str
     server_round: int
     release: DpSgdRelease | None
     job_digest: str
-    seeded: bool
+    noise: NoiseKind
     status: Literal["reserved", "committed"] = "reserved"
+    zeroed_users: int | None = None
 
 
 class Ledger:
@@ -91,7 +96,7 @@ class Ledger:
 
     def charges(self) -> tuple[Charge, ...]:
         """Every charge, reserved ones too: a release may have left before the crash."""
-        columns = "run_id, server_round, release, job_digest, seeded, status"
+        columns = "run_id, server_round, release, job_digest, noise, status, zeroed_users"
         try:
             rows = self._database.execute(f"SELECT {columns} FROM charges ORDER BY number").fetchall()
             return tuple(
@@ -100,10 +105,11 @@ class Ledger:
                     server_round=server_round,
                     release=DpSgdRelease.from_dict(values) if (values := json.loads(release)) else None,
                     job_digest=digest,
-                    seeded=bool(seeded),
+                    noise=noise,
                     status=status,
+                    zeroed_users=zeroed,
                 )
-                for run_id, server_round, release, digest, seeded, status in rows
+                for run_id, server_round, release, digest, noise, status, zeroed in rows
             )
         except (sqlite3.Error, ValueError) as error:
             raise self._unusable(error) from None
@@ -129,9 +135,9 @@ class Ledger:
             allow((*self.releases(), charge.release))
             release = json.dumps(charge.release.to_dict() if charge.release else None)
             self._database.execute(
-                "INSERT INTO charges (run_id, server_round, release, job_digest, seeded, status)"
+                "INSERT INTO charges (run_id, server_round, release, job_digest, noise, status)"
                 " VALUES (?, ?, ?, ?, ?, 'reserved')",
-                (charge.run_id, charge.server_round, release, charge.job_digest, int(charge.seeded)),
+                (charge.run_id, charge.server_round, release, charge.job_digest, charge.noise),
             )
             self._database.execute("COMMIT")
         except sqlite3.Error as error:
@@ -140,13 +146,13 @@ class Ledger:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
 
-    def commit(self, run_id: str, server_round: int) -> None:
+    def commit(self, run_id: str, server_round: int, *, zeroed_users: int) -> None:
         """Mark the last charge for one request as answered; call once its reply is on disk."""
         try:
             self._database.execute(
-                "UPDATE charges SET status = 'committed' WHERE number ="
+                "UPDATE charges SET status = 'committed', zeroed_users = ? WHERE number ="
                 " (SELECT max(number) FROM charges WHERE run_id = ? AND server_round = ?)",
-                (run_id, server_round),
+                (zeroed_users, run_id, server_round),
             )
         except sqlite3.Error as error:
             raise self._unusable(error) from None

@@ -4,8 +4,9 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, get_args
 
+from shared.config import EngineName
 from shared.errors import InputError
 from shared.files import write_json
 
@@ -21,6 +22,8 @@ class Policy:
         catalogue_hash: of the public catalogue that the owner's item positions refer to.
         max_users: public bound on its users, which the server's plan must name. Were it the server's to choose,
             refusals would tell the private count.
+        dpsgd_engine: how users' gradients are clipped; all engines give the same sums.
+        dpsgd_device: where the generator is trained.
         simulated: written by simulations only; without it no run may seed the noise or ask for private figures.
     Raises:
         InputError: a number is missing or out of range.
@@ -30,6 +33,8 @@ class Policy:
     delta: float
     catalogue_hash: str
     max_users: int
+    dpsgd_engine: EngineName = "bookkeeping"
+    dpsgd_device: str = "cpu"
     simulated: bool = False
 
     def __post_init__(self) -> None:
@@ -41,6 +46,10 @@ class Policy:
             raise InputError(f"policy: delta must lie between 0 and 1, both excluded; not {self.delta!r}")
         if isinstance(self.max_users, bool) or not isinstance(self.max_users, int) or self.max_users < 1:
             raise InputError(f"policy: max_users must be a whole number of at least 1, not {self.max_users!r}")
+        if self.dpsgd_engine not in get_args(EngineName):
+            raise InputError(
+                f"policy: unknown dpsgd_engine {self.dpsgd_engine!r}; choose one of {', '.join(get_args(EngineName))}"
+            )
         if not isinstance(self.simulated, bool):
             raise InputError(f"policy: simulated must be true or false, not {self.simulated!r}")
         if not self.catalogue_hash:

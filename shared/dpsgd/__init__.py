@@ -1,1 +1,1 @@
-"""DP-SGD by user."""
+"""DP-SGD by user, at about the price of training without privacy."""

@@ -14,10 +14,8 @@ from safetensors.numpy import save as save_tensors
 from shared.errors import InputError
 from shared.files import write_atomically, write_json
 from shared.generators.multvae import GeneratorSpec, MultVAE, Weights, model_from
+from shared.privacy.noise import LOCAL_NOISE
 
-LOCAL_NOISE = "local"
-SEEDED_NOISE = "seeded, not private"
-NO_NOISE = "none, not private"
 _FORMAT = 1
 
 

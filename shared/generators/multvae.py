@@ -8,7 +8,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from shared.dpsgd.bags import Bags
+from shared.dpsgd.layers import ScaledBiasLinear, SparseBag
 from shared.errors import InputError
+from shared.generators.likelihood import multinomial_log_likelihood
 from shared.rng import torch_stream
 
 Weights = dict[str, npt.NDArray[np.float32]]
@@ -90,41 +93,38 @@ class MultVAE(nn.Module):
     def __init__(self, spec: GeneratorSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.encoder = nn.Linear(spec.num_items, spec.hidden_size)
+        self.encoder = SparseBag(spec.num_items, spec.hidden_size)
         self.to_mean = nn.Linear(spec.hidden_size, spec.latent_size)
         self.to_log_variance = nn.Linear(spec.hidden_size, spec.latent_size)
         self.decoder = nn.Linear(spec.latent_size, spec.hidden_size)
-        self.to_logits = nn.Linear(spec.hidden_size, spec.num_items, bias=False)
-        self.popularity = _Constant(spec.num_items)
+        self.to_logits = ScaledBiasLinear(spec.hidden_size, spec.num_items, bias_scale=spec.popularity_scale)
         if spec.prior == "mixture":
             self.prior_means = _Constant(spec.num_components * spec.latent_size)
             self.prior_log_variances = _Constant(spec.num_components * spec.latent_size)
             self.prior_logits = _Constant(spec.num_components)
 
-    def loss(self, multi_hot: Tensor, *, kl_weight: float, generator: torch.Generator) -> Tensor:
+    def loss(self, histories: Bags, *, kl_weight: float, generator: torch.Generator) -> Tensor:
         """Each user's negative evidence bound divided by the length of its history, shape ``(num_users,)``.
 
         Args:
-            multi_hot: shape ``(num_users, num_items)``, 1 where the user has the item.
             kl_weight: weight of the divergence from the prior at this step of the annealing.
             generator: the stream of dropout and of the latent draw.
         """
-        lengths = multi_hot.sum(1).clamp(min=1.0)
-        inputs = multi_hot / lengths.sqrt()[:, None]
+        lengths = histories.lengths.clamp(min=1).to(self.to_logits.weight)
+        inputs = lengths.rsqrt()[histories.users]
         if self.spec.dropout:
-            kept = torch.rand(inputs.shape, generator=generator) >= self.spec.dropout
-            inputs = inputs * kept / (1.0 - self.spec.dropout)
-        hidden = torch.tanh(self.encoder(inputs))
+            kept = torch.rand(inputs.shape, generator=generator, device=generator.device) >= self.spec.dropout
+            inputs = inputs * kept.to(inputs) / (1.0 - self.spec.dropout)
+        hidden = torch.tanh(self.encoder(histories.items, inputs, histories.starts))
         mean, log_variance = self.to_mean(hidden), self.to_log_variance(hidden)
-        latent = mean + torch.exp(0.5 * log_variance) * torch.randn(mean.shape, generator=generator)
-        log_probabilities = torch.log_softmax(self.decode(latent), dim=1)
-        likelihood = (log_probabilities * multi_hot).sum(1)
+        drawn = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
+        latent = mean + torch.exp(0.5 * log_variance) * drawn
+        likelihood = multinomial_log_likelihood(self.decode(latent), histories)
         return (kl_weight * self._divergence(latent, mean, log_variance) - likelihood) / lengths
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Item logits of shape ``(num_users, num_items)``."""
-        tastes = self.to_logits(torch.tanh(self.decoder(latent)))
-        logits: Tensor = tastes + self.spec.popularity_scale * self.popularity(len(latent))
+        """Item logits of shape ``(num_users, num_items)``; their bias is the items' popularity."""
+        logits: Tensor = self.to_logits(torch.tanh(self.decoder(latent)))
         return logits
 
     def _divergence(self, latent: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def initial_weights(spec: GeneratorSpec, seed: int) -> Weights:
         shape = tuple(parameter.shape)
         if name.startswith("prior_means"):
             values = torch.randn(shape, generator=generator)
-        elif name.endswith("bias") or name.startswith(("prior_", "popularity")):
+        elif name.endswith("bias") or name.startswith("prior_"):
             values = torch.zeros(shape)
         else:
             # Glorot & Bengio 2010: keeps the scale of a signal through tanh layers.

@@ -10,6 +10,7 @@ import torch
 
 from shared.config import RecommenderSection
 from shared.data.histories import Histories
+from shared.devices import choose_device
 from shared.errors import InputError
 from shared.rng import torch_stream
 
@@ -63,29 +64,6 @@ def synthetic_user_weight(real: Histories, synthetic: Histories | None, weight: 
     return weight * real.num_interactions / synthetic.num_interactions
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA when there is one; a device that is named must exist.
-
-    Raises:
-        InputError: the device is unknown or absent.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"recommender.device={name!r} is not a device. Use auto, cpu, cuda or cuda:N.") from None
-    if device.type == "cpu":
-        return device
-    present = torch.cuda.device_count() if device.type == "cuda" else 0
-    if (device.index or 0) >= present:
-        raise InputError(
-            f"recommender.device={name!r} is not on this machine, which has {present} CUDA device(s)."
-            " Use recommender.device=auto or cpu."
-        )
-    return device
-
-
 @contextmanager
 def own_chance(seed: int, name: str, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators inside, since dropout takes no other, and put them back as they were."""
@@ -101,7 +79,7 @@ def build_recommender(section: RecommenderSection, num_items: int) -> Recommende
         InputError: the device it names is absent.
     """
     # Imported here because each of them imports this module, and because SASRec's library takes seconds to load.
-    device = choose_device(section.device)
+    device = choose_device(section.device, key="recommender.device")
     if section.kind == "ease":
         if section.device != "auto" and device.type != "cpu":
             raise InputError(

@@ -16,7 +16,7 @@ from shared.privacy.releases import DpSgdRelease
 from shared.wire.plan import RoundPlan
 
 # Raised whenever a message changes its meaning; both sides must have the same.
-WIRE_VERSION = "1"
+WIRE_VERSION = "2"
 
 # Names of the records in a message. Flower's strategies are told the first two.
 WEIGHTS, JOB = "weights", "job"
@@ -128,7 +128,7 @@ class TrainReply:
 
     Args:
         release: what the owner charged for it; None where a simulation trains without privacy.
-        simulation_only: private figures (``loss``, ``num_users``), empty at a deployed owner.
+        simulation_only: private figures (``loss``, ``num_users``, ``zeroed_users``), empty at a deployed owner.
     """
 
     owner: str

@@ -17,6 +17,7 @@ class RoundPlan:
 
     Args:
         server_round: 1 to ``num_rounds``.
+        num_owners: owners that the run is planned with; theirs to refuse when too few.
         num_steps: optimizer steps in this round.
         sample_rate: chance that a user is in a batch.
         max_users: public bound on the users of one owner; sets the normaliser.
@@ -30,6 +31,7 @@ class RoundPlan:
 
     server_round: int
     num_rounds: int
+    num_owners: int
     num_steps: int
     sample_rate: float
     max_users: int
@@ -39,7 +41,9 @@ class RoundPlan:
     release: DpSgdRelease | None
 
     def __post_init__(self) -> None:
-        counts = {name: getattr(self, name) for name in ("server_round", "num_rounds", "num_steps", "max_users")}
+        counts = {
+            name: getattr(self, name) for name in ("server_round", "num_rounds", "num_owners", "num_steps", "max_users")
+        }
         for name, count in counts.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise InputError(f"round plan: {name} must be a whole number of at least 1, not {count!r}")

@@ -6,7 +6,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from shared.generators.card import NO_NOISE, SEEDED_NOISE
+from shared.privacy.noise import NO_NOISE, SEEDED_NOISE
 from simulations.report import plots
 from simulations.study import ARM_TITLES, arm_title, percent, share, verdict
 

@@ -8,11 +8,12 @@ import pytest
 
 from client.store.ledger import Charge, Ledger
 from shared.errors import BudgetExceeded, InputError
+from shared.privacy.noise import LOCAL_NOISE, NO_NOISE
 from tests.small_federation import RELEASE
 
 
 def a_charge(server_round: int = 1, **changes) -> Charge:
-    values = {"run_id": "r", "server_round": server_round, "release": RELEASE, "job_digest": "d", "seeded": False}
+    values = {"run_id": "r", "server_round": server_round, "release": RELEASE, "job_digest": "d", "noise": LOCAL_NOISE}
     return Charge(**{**values, **changes})
 
 
@@ -43,10 +44,13 @@ def test_creating_a_ledger_keeps_the_one_there_is(tmp_path):
 def test_charges_survive_reopening_in_order(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         ledger.reserve(a_charge(1), allow=anything)
-        ledger.commit("r", 1)
-        ledger.reserve(a_charge(2, release=None, seeded=True), allow=anything)
+        ledger.commit("r", 1, zeroed_users=0)
+        ledger.reserve(a_charge(2, release=None, noise=NO_NOISE), allow=anything)
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        assert ledger.charges() == (a_charge(1, status="committed"), a_charge(2, release=None, seeded=True))
+        assert ledger.charges() == (
+            a_charge(1, status="committed", zeroed_users=0),
+            a_charge(2, release=None, noise=NO_NOISE),
+        )
         assert ledger.releases() == (RELEASE, None)
 
 
@@ -91,7 +95,7 @@ def test_commit_marks_only_the_last_charge_of_its_round(tmp_path):
         for _ in range(2):
             ledger.reserve(a_charge(1), allow=anything)
         ledger.reserve(a_charge(2), allow=anything)
-        ledger.commit("r", 1)
+        ledger.commit("r", 1, zeroed_users=0)
         assert [charge.status for charge in ledger.charges()] == ["reserved", "committed", "reserved"]
 
 

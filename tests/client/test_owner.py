@@ -153,7 +153,7 @@ def test_secret_noise_differs_each_time(owner):
 def test_figures_leave_only_where_a_simulation_collects_them(owner):
     assert owner.answer(a_job(1)).simulation_only == {}
     asked = owner.answer(a_job(2, collect_metrics=True))
-    assert set(asked.simulation_only) == {"loss", "num_users"}
+    assert set(asked.simulation_only) == {"loss", "num_users", "zeroed_users"}
     assert "simulation-only" in asked.to_record()
 
 

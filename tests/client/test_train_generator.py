@@ -27,6 +27,7 @@ WEIGHTS = initial_weights(SPEC, 0)
 PLAN = RoundPlan(
     server_round=1,
     num_rounds=3,
+    num_owners=3,
     num_steps=2,
     sample_rate=0.5,
     max_users=50,

@@ -16,7 +16,7 @@ from server.plan import FederationPlan
 from server.rounds import latest_checkpoint, run_rounds
 from shared.errors import FedAugError, InputError
 from shared.generators.multvae import initial_weights
-from shared.wire.messages import CatalogueMismatch, Hello, TrainJob, TrainReply
+from shared.wire.messages import WIRE_VERSION, CatalogueMismatch, Hello, TrainJob, TrainReply
 from simulations.engines.inprocess import InProcessGrid
 from tests.small_federation import CATALOGUE, DELTA, RELEASE, SPEC, plan_for, prepare, terms
 
@@ -45,7 +45,7 @@ def federation(
     @app.query("hello")
     def say_hello(message: Message, context: Context) -> Message:
         owner = name_of(context)
-        said = Hello(owner=owner, catalogue_hash=CATALOGUE, versions={"wire": "1"}, capabilities=("vae",))
+        said = Hello(owner=owner, catalogue_hash=CATALOGUE, versions={"wire": WIRE_VERSION}, capabilities=("vae",))
         return Message(hello(owner, said.to_record()), reply_to=message)
 
     @app.train()
@@ -153,7 +153,7 @@ def with_first(change):
         (with_reply(release="null"), "charged None, the plan asked for"),
         (
             with_first(lambda v: v[:-1]),
-            r"float32 \(5, 12\), expected float32 \(6, 12\)",
+            r"float32 \(11, 6\), expected float32 \(12, 6\)",
         ),
         (with_first(lambda v: v.astype(np.float64)), "is float64"),
         (
@@ -188,7 +188,7 @@ def with_hello(**changes):
     [
         (with_hello(owner="stranger"), "'stranger' said hello but is not among the plan's 3 owners"),
         (with_hello(owner="a"), "two nodes say they are 'a'"),
-        (with_hello(versions='{"wire": "0"}'), "b speaks message version '0', the server '1'"),
+        (with_hello(versions='{"wire": "0"}'), "b speaks message version '0', the server '2'"),
         (with_hello(capabilities=["gan"]), "cannot train a 'vae'"),
         (with_hello(catalogue_hash="other"), f"b holds catalogue other, the server plans with {CATALOGUE}"),
     ],

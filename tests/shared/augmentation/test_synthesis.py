@@ -39,7 +39,7 @@ def test_items_are_drawn_in_proportion_to_the_decoder():
     with torch.no_grad():
         for parameter in one.parameters():
             parameter.zero_()
-        one.popularity.values.weight[0] = float(np.log(9.0)) / SPEC.popularity_scale
+        one.to_logits.bias[0] = float(np.log(9.0)) / SPEC.popularity_scale
     drawn = synthesise_users(one, num_users=4000, items_per_user=1, max_items_per_user=20, seed=0)
     expected = 9.0 / (9.0 + SPEC.num_items - 1)
     # One item each, so a share of n draws: four standard errors.

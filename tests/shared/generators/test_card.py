@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from shared.errors import InputError
-from shared.generators.card import NO_NOISE, SEEDED_NOISE, GeneratorCard, load_generator, save_generator
+from shared.generators.card import GeneratorCard, load_generator, save_generator
 from shared.generators.multvae import initial_weights
+from shared.privacy.noise import NO_NOISE, SEEDED_NOISE
 from tests.shared.generators.test_multvae import SPEC
 
 ITEMS = tuple(f"item {number}" for number in range(SPEC.num_items))

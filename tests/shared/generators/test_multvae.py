@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from shared.dpsgd.bags import Bags
 from shared.errors import InputError
+from shared.generators.likelihood import multinomial_log_likelihood
 from shared.generators.multvae import GeneratorSpec, MultVAE, initial_weights, kl_weight_at, model_from
 
 SPEC = GeneratorSpec(
@@ -27,8 +29,12 @@ def model(**changes: object) -> MultVAE:
     return model_from(spec, initial_weights(spec, 1))
 
 
-def users(count: int = 6) -> torch.Tensor:
+def multi_hot(count: int = 6) -> torch.Tensor:
     return (torch.rand(count, SPEC.num_items, generator=torch.Generator().manual_seed(2)) < 0.3).float()
+
+
+def users(count: int = 6) -> Bags:
+    return Bags.from_dense(multi_hot(count))
 
 
 @pytest.mark.parametrize("prior", ["gaussian", "mixture"])
@@ -39,7 +45,8 @@ def test_a_users_loss_does_not_depend_on_the_batch(prior):
         one.to_log_variance.weight.zero_()
         one.to_log_variance.bias.fill_(-60.0)  # a spread of e^-30: no draw matters
         whole = one.loss(users(), kl_weight=0.0, generator=torch.Generator().manual_seed(0))
-        parts = [one.loss(x[None], kl_weight=0.0, generator=torch.Generator().manual_seed(9)) for x in users()]
+        alone = [Bags.from_dense(row[None]) for row in multi_hot()]
+        parts = [one.loss(user, kl_weight=0.0, generator=torch.Generator().manual_seed(9)) for user in alone]
     assert torch.allclose(whole, torch.cat(parts), atol=1e-5)
 
 
@@ -52,15 +59,37 @@ def test_the_likelihood_is_the_multinomial_one():
     assert torch.allclose(loss, torch.full((6,), float(np.log(SPEC.num_items))))
 
 
+def test_the_likelihood_and_its_gradient_are_those_of_a_dense_multi_hot():
+    logits = torch.randn(6, SPEC.num_items, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 30
+    one, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    ours = multinomial_log_likelihood(one, users())
+    dense = (torch.log_softmax(other, dim=1) * multi_hot()).sum(1)
+    assert torch.allclose(ours, dense, rtol=1e-12)
+    slopes = torch.linspace(-2.0, 2.0, 6, dtype=torch.float64)
+    (ours * slopes).sum().backward()
+    (dense * slopes).sum().backward()
+    assert torch.allclose(one.grad, other.grad, atol=1e-12)
+
+
+def test_users_without_items_have_a_loss_and_a_gradient_of_zero():
+    one = model()
+    nobody = Bags.from_dense(torch.zeros(2, SPEC.num_items))
+    losses = one.loss(nobody, kl_weight=0.0, generator=torch.Generator().manual_seed(0))
+    losses.sum().backward()
+    assert not losses.any()
+    assert not any(parameter.grad is not None and parameter.grad.any() for parameter in one.parameters())
+
+
 def test_the_mixture_divergence_of_one_standard_component_is_the_gaussian_one_on_average():
     mixture, gaussian = model(num_components=1), model(prior="gaussian")
     with torch.no_grad():
         mixture.prior_means.values.weight.zero_()
         shared = {name: value for name, value in mixture.state_dict().items() if not name.startswith("prior")}
         gaussian.load_state_dict(shared)
-        x, draws = users(1), 4000
+        draws = 4000
+        histories = Bags.from_dense(multi_hot(1).expand(draws, -1))
         sampled = [
-            one.loss(x.expand(draws, -1), kl_weight=1.0, generator=torch.Generator().manual_seed(3))
+            one.loss(histories, kl_weight=1.0, generator=torch.Generator().manual_seed(3))
             for one in (mixture, gaussian)
         ]
     # The mixture's is a one-draw estimate of the same number; four standard errors.
@@ -88,10 +117,11 @@ def test_training_learns_which_items_go_together():
     for user in range(400):
         half = 15 * (user % 2)
         data[user, half + rng.choice(15, 6, replace=False)] = 1
+    histories = Bags.from_dense(data)
     optimizer, drawing = torch.optim.Adam(one.parameters(), lr=0.02), torch.Generator().manual_seed(0)
     for _ in range(150):
         optimizer.zero_grad()
-        one.loss(data, kl_weight=0.2, generator=drawing).mean().backward()
+        one.loss(histories, kl_weight=0.2, generator=drawing).mean().backward()
         optimizer.step()
     with torch.no_grad():
         shares = torch.softmax(one.decode(one.sample_latent(500, generator=drawing)), 1)

@@ -8,9 +8,10 @@ import torch
 
 from shared.config import RecommenderSection
 from shared.data.histories import Histories
+from shared.devices import choose_device
 from shared.errors import InputError
 from shared.metrics.ranking import rank
-from shared.recommenders.base import build_recommender, choose_device
+from shared.recommenders.base import build_recommender
 from tests.shared.recommenders.planted import planted_split, planted_users
 
 NUM_ITEMS = 60
@@ -108,14 +109,14 @@ def test_synthetic_users_of_another_catalogue_are_refused(recommender, split):
 
 
 def test_a_device_that_is_named_must_exist():
-    assert choose_device("cpu").type == "cpu"
-    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert choose_device("cpu", key="recommender.device").type == "cpu"
+    assert choose_device("auto", key="recommender.device").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(InputError, match="auto, cpu, cuda or cuda:N"):
-        choose_device("gpu")
+        choose_device("gpu", key="recommender.device")
     with pytest.raises(InputError, match=r"recommender\.device=auto or cpu"):
-        choose_device("cuda:99")
+        choose_device("cuda:99", key="recommender.device")
     with pytest.raises(InputError, match=r"recommender\.device=auto or cpu"):
-        choose_device("meta")
+        choose_device("meta", key="recommender.device")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
