@@ -16,8 +16,7 @@ from statistics import median
 
 import numpy as np
 
-from client.store.ledger import Ledger
-from client.store.policy import Policy
+from client.setup import begin_ledger, simulated_policy
 from server.checkpoints import read_state
 from server.plan import FederationPlan
 from shared.data.histories import Histories
@@ -99,10 +98,11 @@ def _prepare(run_dir: Path, num_owners: int, num_rounds: int) -> None:
         directory = run_dir / "owners" / name
         directory.mkdir(parents=True)
         Histories.from_rows(drawn, NUM_ITEMS).save(directory / "train.npz")
-        Policy(epsilon=100.0, delta=1e-5, catalogue_hash="benchmark", max_users=USERS_PER_OWNER, simulated=True).save(
-            directory
+        policy = simulated_policy(
+            data_source=name, catalogue_hash="benchmark", max_users=USERS_PER_OWNER, epsilon=100.0, delta=1e-5
         )
-        Ledger.create(directory / "ledger.sqlite")
+        policy.save(directory)
+        begin_ledger(directory, policy)
     release = DpSgdRelease(noise_multiplier=1.0, sample_rate=0.2, num_steps=1, max_users=USERS_PER_OWNER)
     FederationPlan(
         run_id="benchmark",

@@ -7,42 +7,48 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.egress import public_words
 from client.owner import Owner
 from shared.errors import FedAugError, InputError
-from shared.wire.messages import OwnerFailed, TrainJob, refusal_record
+from shared.wire.messages import TrainJob, refusal_record
 
 app = ClientApp()
 
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
-    return _reply(message, lambda: _owner(context).hello().to_record())
+    return _reply(message, context, lambda owner: owner.hello().to_record())
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    return _reply(message, lambda: _owner(context).answer(TrainJob.from_record(message.content)).to_record())
+    return _reply(message, context, lambda owner: owner.record(TrainJob.from_record(message.content)))
 
 
-def _reply(message: Message, answer: Callable[[], RecordDict]) -> Message:
-    # Flower sends the text of any exception to the server, and text can quote data: only our own
-    # errors, which name parameters and totals, may speak.
+def _reply(message: Message, context: Context, answer: Callable[[Owner], RecordDict]) -> Message:
+    # Flower sends the text of any exception to the server, and text can quote data: a deployed owner answers with a
+    # rule's name or a code, and only its own log says more.
+    simulated = not _is_deployed(context)
     try:
-        content = answer()
-    except FedAugError as error:
-        content = refusal_record(error)
-    except Exception:
-        logging.getLogger("fedaug.client").exception("an unexpected error; the server is told only that there was one")
-        content = refusal_record(
-            OwnerFailed("an owner's program failed; its own log says why, nothing left the owner.")
-        )
+        content = answer(_owner(context))
+    except Exception as error:
+        logging.getLogger("fedaug.client").error("nothing was released: %s", error, exc_info=_unless_ours(error))
+        content = refusal_record(public_words(error, simulated=simulated))
     return Message(content, reply_to=message)
+
+
+def _unless_ours(error: Exception) -> Exception | None:
+    return None if isinstance(error, FedAugError) else error
+
+
+def _is_deployed(context: Context) -> bool:
+    return "data-path" in context.node_config or "owner" in context.node_config
 
 
 def _owner(context: Context) -> Owner:
     """The owner this node speaks for; what the node was started with decides, never the run's configuration."""
     node = context.node_config
-    if "data-path" in node or "owner" in node:
+    if _is_deployed(context):
         if "data-path" not in node or "owner" not in node:
             raise InputError("this agent needs both owner and data-path in its node configuration.")
         return Owner(name=str(node["owner"]), directory=Path(str(node["data-path"])), simulated=False)

@@ -1,27 +1,48 @@
 """Answer a server's requests within the owner's own policy."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
-from client.store.ledger import Charge, Ledger
-from client.store.policy import Policy
+import numpy as np
+from flwr.app import RecordDict
+
+from client.approvals import Proposal, require_approval, whole_run
+from client.data import digest_of, training_histories
+from client.egress import check_egress
+from client.policy import Policy
+from client.rules import Refusal, Spending, check_budget, check_request, shown
+from client.security_log import SecurityLog, described
+from client.store.keys import OwnerKey
+from client.store.lifetime import Charged, LifetimeLedger
+from client.store.lock import agent_lock
 from client.store.replies import load_reply, save_reply
 from client.train_generator import TrainedRound, train_generator
+from shared.code import code_hash, versions
 from shared.data.histories import Histories
-from shared.errors import BudgetExceeded, FedAugError, InputError, RefusedError
-from shared.privacy.accounting import epsilon
+from shared.errors import FedAugError, RefusedError
+from shared.privacy.chain import Charge
 from shared.privacy.noise import LOCAL_NOISE, NO_NOISE, SEEDED_NOISE, NoiseKind
-from shared.privacy.releases import DpSgdRelease
-from shared.wire.messages import WIRE_VERSION, CatalogueMismatch, Hello, TrainJob, TrainReply
+from shared.privacy.planning import affordable_rounds, least_noise
+from shared.privacy.releases import Release
+from shared.privacy.running import RunningCost
+from shared.wire.messages import WIRE_VERSION, Hello, TrainJob, TrainReply
+
+LEDGER, KEY = "ledger.sqlite", "owner.key"
+
+# How long a second agent of the same data waits for the first to answer before it refuses.
+_WAIT_SECONDS = 600.0
+
+Counts = tuple[tuple[Release | None, int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:
-    """A data owner as its folder describes it: ``train.npz``, ``policy.json``, ``ledger.sqlite``, ``replies/``.
+    """A data owner as its folder describes it: ``train.npz``, ``policy.toml``, ``ledger.sqlite``, ``owner.key``.
 
     Args:
         simulated: the node was started by a simulation; only where the policy says so too are seeded noise and private
@@ -33,12 +54,44 @@ class Owner:
     simulated: bool
 
     def hello(self) -> Hello:
+        policy = Policy.load(self.directory)
         return Hello(
             owner=self.name,
-            catalogue_hash=Policy.load(self.directory).catalogue_hash,
+            catalogue_hash=policy.catalogue_hash,
             versions={"wire": WIRE_VERSION, "flwr": version("flwr"), "torch": version("torch")},
-            capabilities=("vae",),
+            capabilities=policy.allowed.generators,
         )
+
+    def record(self, job: TrainJob) -> RecordDict:
+        """:meth:`answer`, checked on its way out: exactly what leaves the owner.
+
+        Raises:
+            FedAugError: the request was refused, or the reply holds what was not declared; nothing leaves then.
+        """
+        log = SecurityLog(self.directory)
+        where = {"run": shown(job.run_id), "server_round": job.plan.server_round}
+        log.write("message", **where, job=job.digest, num_bytes=sum(v.nbytes for v in job.weights.values()))
+        try:
+            reply = self.answer(job)
+            record = check_egress(reply, job, owner=self.name, simulated=self.simulated)
+        except Refusal as refusal:
+            log.write(
+                "decision",
+                **where,
+                decision="refused",
+                rule=refusal.rule,
+                asked=refusal.asked,
+                allowed=refusal.allowed,
+            )
+            raise
+        except FedAugError as error:
+            log.write("decision", **where, decision="refused", rule=type(error).__name__)
+            raise
+        except Exception as error:
+            log.write("error", **where, decision="failed", kind=type(error).__name__)
+            raise
+        log.write("release", **where, entry=reply.receipt.number if reply.receipt else 0, **described(reply.weights))
+        return record
 
     def answer(self, job: TrainJob) -> TrainReply:
         """Train one round, charged first, or repeat the reply already given to the same request.
@@ -46,56 +99,90 @@ class Owner:
         Guarantee:
             Whatever leaves was on the ledger before training began. The same request is answered
             with the same bytes; where that reply is lost and its noise was secret, training
-            again is another release and charged as one.
+            again is another release and charged as one. No rule looks at the data.
         Raises:
             RefusedError: the policy or the budget says no; nothing was charged.
             InputError: catalogue, data, ledger or disk are not as they must be.
         """
-        policy = Policy.load(self.directory)
-        self._refuse_what_policy_forbids(job, policy)
-        histories = self._histories(job, policy)
-        run_id, server_round = job.run_id, job.plan.server_round
-        with Ledger(self.directory / "ledger.sqlite") as ledger:
-            before = ledger.latest(run_id, server_round)
-            if before is not None and before.job_digest != job.digest:
-                raise RefusedError(
-                    f"{self.name} was asked something else for round {server_round} of run {run_id!r} before. Answering"
-                    " both would release more than was charged; start a new run."
-                )
-            if before is not None and before.status == "committed":
-                kept = load_reply(self.directory, job)
-                if kept is not None:
-                    return kept
-            # Charged before training: a crash may count a round nobody saw, but never miss one.
-            # Repeating seeded noise repeats the release, which is on the ledger already.
-            if before is None or before.noise == LOCAL_NOISE:
-                charge = Charge(
-                    run_id=run_id,
-                    server_round=server_round,
-                    release=job.plan.release,
-                    job_digest=job.digest,
-                    noise=_noise_of(job),
-                )
-                ledger.reserve(charge, allow=lambda releases: self._refuse_over_budget(releases, policy, server_round))
-            trained = self._train(job, histories, policy)
-            reply = self._reply(job, trained, histories)
-            save_reply(self.directory, job, reply)
-            ledger.commit(run_id, server_round, zeroed_users=trained.num_zeroed)
-        return reply
+        with agent_lock(self.directory, timeout_seconds=_WAIT_SECONDS):
+            policy = Policy.load(self.directory)
+            check_request(
+                job,
+                policy,
+                today=datetime.now(UTC).date(),
+                code_hash=code_hash(),
+                num_owners=job.plan.num_owners,
+                simulated=self.simulated,
+            )
+            key = OwnerKey.load(self.directory / KEY)
+            with LifetimeLedger(self.directory / LEDGER, key=key, data_source=policy.data_source) as ledger:
+                return self._answer(job, policy, key, ledger)
 
-    def _histories(self, job: TrainJob, policy: Policy) -> Histories:
-        histories = Histories.load(self.directory / "train.npz")
-        if histories.num_users > policy.max_users:
+    def _answer(self, job: TrainJob, policy: Policy, key: OwnerKey, ledger: LifetimeLedger) -> TrainReply:
+        run_id, server_round = job.run_id, job.plan.server_round
+        before = ledger.latest(run_id, server_round)
+        if before is not None and before.reserve.job_digest != job.digest:
             raise RefusedError(
-                f"{self.name} has more users than max_users={policy.max_users} of its own policy.json: raise it there,"
-                " tell the server, and start a new run."
+                f"{self.name} was asked something else for round {server_round} of run {shown(run_id)} before."
+                " Answering both would release more than was charged; start a new run."
             )
-        if histories.num_items != job.spec.num_items:
-            raise InputError(
-                f"{self.name} indexed its histories over {histories.num_items} items, the generator has"
-                f" {job.spec.num_items}: index them again with the catalogue of this run."
-            )
-        return histories
+        if before is not None and before.commit is not None:
+            kept = load_reply(self.directory, job)
+            if kept is not None:
+                return kept if kept.receipt else self._keep(job, replace(kept, receipt=ledger.receipt()))
+        histories = training_histories(self.directory, policy, num_items=job.spec.num_items)
+        self._require_approval(job, policy, ledger)
+        number = self._charge(job, policy, key, ledger, histories, before)
+        trained = self._train(job, histories, policy)
+        reply = self._reply(job, trained, histories)
+        self._keep(job, reply)
+        receipt = ledger.commit(
+            number,
+            executed=trained.release,
+            zeroed_users=trained.num_zeroed,
+            reply_digest=_digest(reply),
+        )
+        return self._keep(job, replace(reply, receipt=receipt))
+
+    def _charge(
+        self,
+        job: TrainJob,
+        policy: Policy,
+        key: OwnerKey,
+        ledger: LifetimeLedger,
+        histories: Histories,
+        before: Charged | None,
+    ) -> int:
+        """Reserve the release, fsynced: a crash may charge a round nobody saw, but never miss one."""
+        if before is not None and before.reserve.noise != LOCAL_NOISE:
+            return before.number  # repeating seeded noise repeats the release, which is on the ledger already
+        charge = Charge(
+            run_id=job.run_id,
+            server_round=job.plan.server_round,
+            release=job.plan.release,
+            noise=_noise_of(job),
+            job_digest=job.digest,
+            policy_hash=policy.digest,
+            code_hash=code_hash(),
+            versions=versions(),
+            fingerprint=key.fingerprint_of(digest_of(histories)),
+        )
+        return ledger.reserve(charge, allow=partial(_refuse_over_budget, job, policy, ledger))
+
+    def _require_approval(self, job: TrainJob, policy: Policy, ledger: LifetimeLedger) -> None:
+        if policy.simulated:
+            return
+        delta, run = policy.ceilings.delta, whole_run(job.plan)
+        remaining = job.plan.num_rounds - job.plan.server_round + 1
+        spent = _cost(tuple(ledger.spent().items()))
+        proposal = Proposal.of(
+            job,
+            now=datetime.now(UTC),
+            delta=delta,
+            epsilon_of_run=RunningCost().epsilon_with([run], delta),
+            epsilon_after=spent.epsilon_with([job.plan.release], delta, times=remaining),
+        )
+        require_approval(self.directory, proposal, policy)
 
     def _train(self, job: TrainJob, histories: Histories, policy: Policy) -> TrainedRound:
         trained = train_generator(
@@ -105,8 +192,8 @@ class Owner:
             job.plan,
             noise_seed=job.noise_seed,
             owner=self.name,
-            engine=policy.dpsgd_engine,
-            device=policy.dpsgd_device,
+            engine=policy.dpsgd.engine,
+            device=policy.dpsgd.device,
         )
         if trained.release != job.plan.release:
             raise FedAugError(
@@ -126,52 +213,66 @@ class Owner:
             server_round=job.plan.server_round,
             weights=trained.weights,
             release=trained.release,
+            receipt=None,
             simulation_only=private if self.simulated and job.collect_metrics else {},
         )
 
-    def _refuse_what_policy_forbids(self, job: TrainJob, policy: Policy) -> None:
-        if self.simulated and not policy.simulated:
-            raise RefusedError(
-                f"{self.name}'s policy.json is not a simulation's. Start a real owner's node with its owner and"
-                " data-path."
-            )
-        if job.plan.max_users != policy.max_users:
-            raise RefusedError(
-                f"{self.name} declares max_users={policy.max_users}, the plan says {job.plan.max_users}. Plan with the"
-                " owner's number."
-            )
-        if not self.simulated and job.noise_seed is not None:
-            raise RefusedError(
-                f"{self.name} refuses seeded noise: who knows the seed can subtract it. Seeds are for simulations;"
-                " start the run without one."
-            )
-        if not self.simulated and job.collect_metrics:
-            raise RefusedError(
-                f"{self.name} keeps losses and user counts at home. Only a simulation may collect them; start the run"
-                " without."
-            )
-        if job.plan.release is None and (policy.epsilon is not None or not self.simulated):
-            raise RefusedError(
-                f"{self.name} promised its users epsilon={policy.epsilon}, but round {job.plan.server_round} has no"
-                " noise. Plan the rounds with a finite privacy.epsilon."
-            )
-        if policy.epsilon is None and not self.simulated:
-            raise RefusedError(f"{self.name} has no epsilon in its policy.json; a deployed owner needs a ceiling.")
-        if job.catalogue_hash != policy.catalogue_hash:
-            raise CatalogueMismatch(self.name, server_hash=job.catalogue_hash, owner_hash=policy.catalogue_hash)
+    def _keep(self, job: TrainJob, reply: TrainReply) -> TrainReply:
+        save_reply(self.directory, job, reply)
+        return reply
 
-    def _refuse_over_budget(self, releases: Sequence[DpSgdRelease | None], policy: Policy, server_round: int) -> None:
-        """Raise unless ``releases``, the last of them the one asked for, fit the policy."""
-        if policy.epsilon is None:
-            return
-        total = spent(tuple(releases), policy.delta)
-        if total > policy.epsilon:
-            before = spent(tuple(releases[:-1]), policy.delta)
-            raise BudgetExceeded(
-                f"round {server_round} would bring {self.name} to epsilon={total:.3f} at delta={policy.delta:g}; it"
-                f" promised {policy.epsilon:g} and has spent {before:.3f}. Keep the last generator and stop, or plan"
-                " rounds with more noise."
-            )
+
+def _refuse_over_budget(
+    job: TrainJob, policy: Policy, ledger: LifetimeLedger, spent: Mapping[Release | None, int]
+) -> None:
+    """Raise unless what is spent and the release asked for fit the policy."""
+    release, ceilings = job.plan.release, policy.ceilings
+    life: Counts = tuple(spent.items())
+    run: Counts = ()
+    if ceilings.epsilon_per_run is not None:
+        run = tuple((release, 1) for release in ledger.releases_of(job.run_id))
+    if ceilings.epsilon is None and ceilings.epsilon_per_run is None:
+        return
+
+    def spending(counts: Counts) -> Spending:
+        before, after = (_epsilon(counts, more, ceilings.delta) for more in ((), (release,)))
+        return Spending(before=before, after=after)
+
+    try:
+        check_budget(policy, life=spending(life), run=spending(run), alternative=None)
+    except RefusedError:
+        check_budget(policy, life=spending(life), run=spending(run), alternative=_alternative(job, policy, _cost(life)))
+        raise
+
+
+def _alternative(job: TrainJob, policy: Policy, spent: RunningCost) -> str | None:
+    """What would still fit below the ceiling for life, in words."""
+    ceiling, release = policy.ceilings.epsilon, job.plan.release
+    if ceiling is None or release is None:
+        return None
+    noisier = least_noise(spent, release, delta=policy.ceilings.delta, ceiling=ceiling)
+    if noisier is None:
+        return None
+    to_come = job.plan.num_rounds - job.plan.server_round + 1
+    more = affordable_rounds(spent, release, delta=policy.ceilings.delta, ceiling=ceiling, most=to_come)
+    return (
+        f"One more round would fit with noise_multiplier {noisier.noise_multiplier:.4g};"
+        f" of rounds like this one, {more} of the {to_come} to come would"
+    )
+
+
+@lru_cache(maxsize=256)  # simulated owners spend alike
+def _epsilon(counts: Counts, more: tuple[Release | None, ...], delta: float) -> float:
+    return _cost(counts).epsilon_with(more, delta)
+
+
+@lru_cache(maxsize=8)
+def _cost(counts: Counts) -> RunningCost:
+    cost = RunningCost()
+    for release, count in counts:
+        for _ in range(count):
+            cost.add(release)
+    return cost
 
 
 def _noise_of(job: TrainJob) -> NoiseKind:
@@ -180,9 +281,9 @@ def _noise_of(job: TrainJob) -> NoiseKind:
     return LOCAL_NOISE if job.noise_seed is None else SEEDED_NOISE
 
 
-@lru_cache(maxsize=256)
-def spent(releases: tuple[DpSgdRelease | None, ...], delta: float) -> float:
-    """Epsilon of a ledger's releases together; infinite where one had no noise."""
-    if any(release is None for release in releases):
-        return math.inf
-    return epsilon([release for release in releases if release is not None], delta)
+def _digest(reply: TrainReply) -> str:
+    content = hashlib.sha256()
+    for name, values in reply.weights.items():
+        content.update(f"{name}\0{values.shape}\0".encode())
+        content.update(np.ascontiguousarray(values).tobytes())
+    return content.hexdigest()

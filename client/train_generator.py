@@ -18,7 +18,6 @@ from shared.dpsgd.sampling import draw_users
 from shared.errors import InputError
 from shared.generators.multvae import GeneratorSpec, MultVAE, Weights, kl_weight_at, model_from
 from shared.privacy.releases import DpSgdRelease
-from shared.rng import torch_stream
 from shared.wire.plan import RoundPlan
 
 
@@ -52,8 +51,8 @@ def train_generator(
     """Run the steps of ``plan`` from ``weights`` on the owner's users.
 
     Args:
-        noise_seed: makes sampling and noise repeatable, and so *not private*; None draws both from
-            the operating system's entropy.
+        noise_seed: makes sampling, noise, dropout and latent draws repeatable, and so *not private*; None draws all of
+            them from keys of the operating system.
         owner: names the owner's streams of chance.
         engine: how gradients are clipped by user; the result is the same up to rounding.
     Guarantee:
@@ -68,7 +67,7 @@ def train_generator(
         model = model_from(spec, weights).to(place)
         trainer = _Trainer(model, plan, engine, chance=_chance(noise_seed, owner, "noise", plan.server_round))
         sampling = _chance(noise_seed, owner, "sampling", plan.server_round)
-        drawing = _torch_generator(noise_seed, owner, "latent", plan.server_round, device=place)
+        drawing = _chance(noise_seed, owner, "latent", plan.server_round)
         matrix, losses = histories.to_csr(), []
         for step in range(plan.num_steps):
             done = (plan.server_round - 1) * plan.num_steps + step
@@ -81,7 +80,7 @@ def train_generator(
                 chance=sampling,
             )
             users = Bags.from_rows(matrix, drawn).to(place)
-            losses.append(trainer.step(users, partial(model.loss, kl_weight=kl_weight, generator=drawing)))
+            losses.append(trainer.step(users, partial(model.loss, kl_weight=kl_weight, chance=drawing)))
         trained = {name: value.detach().cpu().numpy().copy() for name, value in model.state_dict().items()}
     if not all(np.isfinite(value).all() for value in trained.values()):
         raise InputError(
@@ -132,16 +131,6 @@ class _Trainer:
 
 def _chance(seed: int | None, *names: str | int) -> Chance:
     return Chance.secret() if seed is None else Chance.seeded(seed, *names)
-
-
-def _torch_generator(seed: int | None, *names: str | int, device: torch.device) -> torch.Generator:
-    """For dropout and latent draws, on which no privacy rests."""
-    generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(torch_stream(seed, *names).initial_seed())
-    return generator
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from flwr.app import Message, MetricRecord, RecordDict
 
 from server.plan import FederationPlan
 from server.strategies import PUBLIC_WEIGHT
-from shared.errors import InputError
+from shared.errors import InputError, RefusedError
 from shared.generators.multvae import Weights
 from shared.wire.messages import WEIGHTS, OwnerFailed, TrainReply
 
@@ -34,8 +34,8 @@ def read_replies(
             )
         try:
             reply = TrainReply.from_record(message.content, metrics_expected=plan.collect_metrics)
-        except OwnerFailed as failure:
-            raise OwnerFailed(f"round {server_round}, {owner}: {failure}") from None
+        except (OwnerFailed, RefusedError, InputError) as failure:
+            raise type(failure)(f"round {server_round}, {owner}: {failure}") from None
         _check(reply, plan, server_round=server_round, sent=sent, owner=owner)
         read[owner] = reply, message
     return [read[owner] for owner in sorted(read)]
@@ -56,6 +56,8 @@ def _check(reply: TrainReply, plan: FederationPlan, *, server_round: int, sent: 
         raise InputError(f"{where} answers round {reply.server_round}.")
     if reply.release != plan.terms.release:
         raise InputError(f"{where} charged {reply.release}, the plan asked for {plan.terms.release}.")
+    if reply.receipt is None or not reply.receipt.is_signed():
+        raise InputError(f"{where} has no receipt that its owner signed.")
     if list(reply.weights) != list(sent):
         raise InputError(f"{where} has the arrays {sorted(reply.weights)[:3]}…, expected {sorted(sent)[:3]}….")
     for name, values in reply.weights.items():

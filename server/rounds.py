@@ -15,6 +15,7 @@ from server.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from server.hello import TooFewOwners, greet
 from server.lock import run_lock
 from server.plan import FederationPlan
+from server.receipts import keep_receipts
 from server.replies import for_strategy, read_replies
 from server.strategies import build_strategy, restore, strategy_state, to_float32
 from shared.errors import InputError
@@ -46,7 +47,7 @@ def run_rounds(grid: Grid, run_dir: Path) -> None:
         restore(strategy, dict(latest.strategy_state), list(latest.weights))
         owners = greet(grid, plan)
         while latest.server_round < plan.num_rounds:
-            latest = _run_round(grid, plan, strategy, latest, owners)
+            latest = _run_round(grid, run_dir, plan, strategy, latest, owners)
             save_checkpoint(run_dir, latest, plan_digest=plan.digest, num_rounds=plan.num_rounds)
 
 
@@ -61,7 +62,7 @@ def latest_checkpoint(run_dir: Path) -> tuple[int, Weights] | None:
 
 
 def _run_round(
-    grid: Grid, plan: FederationPlan, strategy: FedAvg, latest: Checkpoint, owners: dict[int, str]
+    grid: Grid, run_dir: Path, plan: FederationPlan, strategy: FedAvg, latest: Checkpoint, owners: dict[int, str]
 ) -> Checkpoint:
     started = time.monotonic()
     server_round = latest.server_round + 1
@@ -82,6 +83,7 @@ def _run_round(
         raise TooFewOwners(len(replies), plan, doing=f"answered round {server_round}")
     weights = _aggregate(strategy, server_round, [for_strategy(*reply, plan) for reply in replies])
     figures = _figures([reply for reply, _ in replies], server_round, plan, seconds=time.monotonic() - started)
+    keep_receipts(run_dir, [reply for reply, _ in replies])
     return Checkpoint(
         server_round=server_round,
         weights=weights,

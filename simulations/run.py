@@ -11,8 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from client.store.ledger import Ledger
-from client.store.policy import Policy
+from client.owner import LEDGER
+from client.policy import DpSgd
+from client.setup import begin_ledger, simulated_policy
+from client.store.lifetime import LifetimeLedger
 from server.checkpoints import read_state
 from server.plan import FederationPlan
 from shared.augmentation.lineage import encode_table, synthetic_table
@@ -25,7 +27,7 @@ from shared.files import write_atomically, write_json
 from shared.generators.card import Generator, GeneratorCard, load_generator, save_generator
 from shared.privacy.accounting import certified_epsilon
 from shared.privacy.noise import NO_NOISE, SEEDED_NOISE
-from shared.privacy.releases import DpSgdRelease
+from shared.privacy.releases import Release
 from shared.recommenders.base import Recommender, build_recommender
 from simulations.engines import run_federation
 from simulations.home import Arms, train_owners
@@ -185,18 +187,18 @@ def _prepare(scenario: Scenario, federation: Federation, price: Price, run_dir: 
     for owner in federation.owners:
         folder = run_dir / "owners" / owner.name
         folder.mkdir(parents=True, exist_ok=True)
-        Policy(
-            epsilon=ceiling,
-            delta=price.delta,
+        policy = simulated_policy(
+            data_source=owner.name,
             catalogue_hash=federation.catalogue.hash,
             max_users=price.max_users,
-            dpsgd_engine=scenario.dpsgd.engine,
-            dpsgd_device=scenario.dpsgd.device,
-            simulated=True,
-        ).save(folder)
+            epsilon=ceiling,
+            delta=price.delta,
+            dpsgd=DpSgd(engine=scenario.dpsgd.engine, device=scenario.dpsgd.device),
+        )
+        policy.save(folder)
         # Not on resuming: a ledger that was lost since must stop the run, not begin again at epsilon 0.
         if not (run_dir / "plan.json").exists():
-            Ledger.create(folder / "ledger.sqlite")
+            begin_ledger(folder, policy)
         owner.split.train.save(folder / "train.npz")
     plan.save(run_dir)
 
@@ -226,10 +228,10 @@ def _releases(run_dir: Path, owner: str) -> list[dict[str, Any]]:
     return joined
 
 
-def _charged(run_dir: Path, owner: str) -> tuple[DpSgdRelease | None, ...]:
+def _charged(run_dir: Path, owner: str) -> tuple[Release | None, ...]:
     if not (run_dir / "plan.json").exists():  # arms that train no generator; else a lost ledger must not read as 0
         return ()
-    with Ledger(run_dir / "owners" / owner / "ledger.sqlite") as ledger:
+    with LifetimeLedger(run_dir / "owners" / owner / LEDGER) as ledger:
         return ledger.releases()
 
 

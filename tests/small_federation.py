@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from client.store.ledger import Ledger
-from client.store.policy import Policy
+from client.policy import Policy
+from client.setup import begin_ledger, simulated_policy
 from server.plan import FederationPlan
 from shared.data.histories import Histories
 from shared.generators.multvae import GeneratorSpec, initial_weights
@@ -91,11 +91,18 @@ def prepare(
         folder = run_dir / "owners" / name
         folder.mkdir(parents=True)
         small_histories(name).save(folder / "train.npz")
-        Ledger.create(folder / "ledger.sqlite")
-        Policy(epsilon=epsilon, delta=DELTA, catalogue_hash=CATALOGUE, max_users=40, simulated=True).save(folder)
+        policy = policy_of(epsilon, data_source=name)
+        policy.save(folder)
+        begin_ledger(folder, policy)
     plan = plan_for(names, **changes)
     plan.save(run_dir)
     return plan
+
+
+def policy_of(epsilon: float | None, *, data_source: str = "owner-001", catalogue_hash: str = CATALOGUE) -> Policy:
+    return simulated_policy(
+        data_source=data_source, catalogue_hash=catalogue_hash, max_users=40, epsilon=epsilon, delta=DELTA
+    )
 
 
 def small_histories(name: str, num_users: int = 30) -> Histories:

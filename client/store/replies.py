@@ -7,6 +7,7 @@ import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from shared.files import sha256, write_atomically
+from shared.privacy.chain import Receipt
 from shared.privacy.releases import DpSgdRelease
 from shared.wire.messages import TrainJob, TrainReply
 
@@ -20,6 +21,7 @@ def save_reply(directory: Path, job: TrainJob, reply: TrainReply) -> None:
     fields = {
         "owner": reply.owner,
         "release": reply.release.to_dict() if reply.release else None,
+        "receipt": reply.receipt.to_dict() if reply.receipt else None,
         "simulation_only": dict(reply.simulation_only),
         "job_digest": job.digest,
     }
@@ -40,12 +42,13 @@ def load_reply(directory: Path, job: TrainJob) -> TrainReply | None:
         return None
     if fields["job_digest"] != job.digest:
         return None
-    release = fields["release"]
+    release, receipt = fields["release"], fields["receipt"]
     return TrainReply(
         owner=fields["owner"],
         server_round=job.plan.server_round,
         weights=weights,
         release=DpSgdRelease.from_dict(release) if release else None,
+        receipt=Receipt.from_dict(receipt) if receipt else None,
         simulation_only=fields["simulation_only"],
     )
 

@@ -17,6 +17,10 @@ from shared.generators.multvae import GeneratorSpec, MultVAE, Weights, model_fro
 from shared.privacy.noise import LOCAL_NOISE
 
 _FORMAT = 1
+_PEOPLE = (
+    "Epsilon holds for a user of one owner. A person who is a user of k owners is protected by the composition over"
+    " the ledgers of all k: at most the sum of their epsilons, at the sum of their deltas."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +47,12 @@ class GeneratorCard:
 
     @property
     def exportable(self) -> bool:
-        """Whether the generator, and users drawn from it, may leave the owners."""
-        return self.noise == LOCAL_NOISE and math.isfinite(self.epsilon)
+        """Whether the generator, and users drawn from it, may leave the owners.
+
+        Not where its catalogue was read off the data: that it exists says who bought what.
+        """
+        public = self.catalogue.get("source") != "assumed public"
+        return public and self.noise == LOCAL_NOISE and math.isfinite(self.epsilon)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +88,7 @@ def save_generator(directory: Path, weights: Weights, card: GeneratorCard, item_
                 "delta": card.delta,
                 "unit": card.privacy_unit,
                 "neighbours": "add or remove one user",
+                "people": _PEOPLE,
                 "noise": card.noise,
                 "releases": card.releases,
             },

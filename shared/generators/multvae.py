@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.dpsgd.bags import Bags
+from shared.dpsgd.chance import Chance
 from shared.dpsgd.layers import ScaledBiasLinear, SparseBag
 from shared.errors import InputError
 from shared.generators.likelihood import multinomial_log_likelihood
@@ -103,21 +104,23 @@ class MultVAE(nn.Module):
             self.prior_log_variances = _Constant(spec.num_components * spec.latent_size)
             self.prior_logits = _Constant(spec.num_components)
 
-    def loss(self, histories: Bags, *, kl_weight: float, generator: torch.Generator) -> Tensor:
+    def loss(self, histories: Bags, *, kl_weight: float, chance: Chance) -> Tensor:
         """Each user's negative evidence bound divided by the length of its history, shape ``(num_users,)``.
 
         Args:
             kl_weight: weight of the divergence from the prior at this step of the annealing.
-            generator: the stream of dropout and of the latent draw.
+            chance: of dropout and of the latent draw. Users take from it in turn, so one more user moves the draws of
+                those behind: the bound on a user's influence holds because nobody can know them.
         """
         lengths = histories.lengths.clamp(min=1).to(self.to_logits.weight)
         inputs = lengths.rsqrt()[histories.users]
         if self.spec.dropout:
-            kept = torch.rand(inputs.shape, generator=generator, device=generator.device) >= self.spec.dropout
+            kept = torch.from_numpy(chance.uniform(len(inputs)) >= self.spec.dropout)
             inputs = inputs * kept.to(inputs) / (1.0 - self.spec.dropout)
         hidden = torch.tanh(self.encoder(histories.items, inputs, histories.starts))
         mean, log_variance = self.to_mean(hidden), self.to_log_variance(hidden)
-        drawn = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
+        drawn = torch.empty(mean.shape, dtype=mean.dtype, device=mean.device)
+        chance.fill_normal(drawn, stddev=1.0)
         latent = mean + torch.exp(0.5 * log_variance) * drawn
         likelihood = multinomial_log_likelihood(self.decode(latent), histories)
         return (kl_weight * self._divergence(latent, mean, log_variance) - likelihood) / lengths

@@ -12,11 +12,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from shared.errors import FedAugError, InputError, RefusedError
 from shared.generators.multvae import GeneratorSpec, Weights
+from shared.privacy.chain import Receipt
 from shared.privacy.releases import DpSgdRelease
 from shared.wire.plan import RoundPlan
 
 # Raised whenever a message changes its meaning; both sides must have the same.
 WIRE_VERSION = "2"
+
+_LONGEST_FIELD = 64 * 1024
 
 # Names of the records in a message. Flower's strategies are told the first two.
 WEIGHTS, JOB = "weights", "job"
@@ -81,6 +84,7 @@ class TrainJob:
         """
         _only_records(content, {WEIGHTS, JOB}, what="train job")
         values = dict(content.config_records[JOB])
+        _refuse_long_fields(values)
         try:
             server_round, mu = values.pop("server-round"), values.pop("proximal-mu", 0.0)
             plan = {**json.loads(str(values.pop("plan"))), "proximal_mu": mu}
@@ -128,6 +132,7 @@ class TrainReply:
 
     Args:
         release: what the owner charged for it; None where a simulation trains without privacy.
+        receipt: the owner's signed word on where its ledger stands, for the server to keep.
         simulation_only: private figures (``loss``, ``num_users``, ``zeroed_users``), empty at a deployed owner.
     """
 
@@ -135,6 +140,7 @@ class TrainReply:
     server_round: int
     weights: Weights
     release: DpSgdRelease | None
+    receipt: Receipt | None
     simulation_only: Mapping[str, float]
 
     def to_record(self) -> RecordDict:
@@ -142,6 +148,7 @@ class TrainReply:
             "owner": self.owner,
             "server-round": self.server_round,
             "release": _dump(self._release()),
+            "receipt": _dump(self.receipt.to_dict() if self.receipt else None),
         }
         records = RecordDict({WEIGHTS: _array_record(self.weights), _REPLY: ConfigRecord(dict(fields))})
         if self.simulation_only:
@@ -161,11 +168,8 @@ class TrainReply:
         _only_records(content, wanted, what="train reply")
         values = dict(content.config_records[_REPLY])
         try:
-            owner, server_round, release = (
-                values.pop("owner"),
-                values.pop("server-round"),
-                json.loads(str(values.pop("release"))),
-            )
+            owner, server_round = values.pop("owner"), values.pop("server-round")
+            release, receipt = json.loads(str(values.pop("release"))), json.loads(str(values.pop("receipt")))
         except (KeyError, ValueError) as error:
             raise InputError(f"train reply: missing or unreadable field {error}.") from None
         if values or not isinstance(owner, str) or not isinstance(server_round, int):
@@ -176,6 +180,7 @@ class TrainReply:
             server_round=server_round,
             weights=_weights(content.array_records[WEIGHTS]),
             release=DpSgdRelease.from_dict(release) if release else None,
+            receipt=Receipt.from_dict(receipt) if receipt else None,
             simulation_only={name: float(value) for name, value in metrics.items() if isinstance(value, int | float)},
         )
 
@@ -242,6 +247,14 @@ def raise_refusal(content: RecordDict) -> None:
     refusal = content.config_records[_REFUSAL]
     kinds: dict[str, type[FedAugError]] = {"refused": RefusedError, "failed": OwnerFailed}
     raise kinds.get(str(refusal.get("kind")), InputError)(str(refusal.get("text")))
+
+
+def _refuse_long_fields(values: Mapping[str, Any]) -> None:
+    # Before anything of it is parsed: what a server sends may be of any size.
+    if len(values) > 100 or any(isinstance(v, str | bytes | list) and len(v) > _LONGEST_FIELD for v in values.values()):
+        raise InputError(
+            f"train job: more fields than 100, or one longer than {_LONGEST_FIELD} characters; it was not read."
+        )
 
 
 def _only_records(content: RecordDict, wanted: set[str], *, what: str) -> None:

@@ -1,6 +1,5 @@
 """The terms of one round, as the server asks and the owner trains."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -9,6 +8,8 @@ from shared.privacy.releases import DpSgdRelease
 
 # Far above any use; it keeps training finite, whoever the users are.
 _LARGEST_STEP = 1e6
+# Requests come from strangers: up to here arithmetic in floats is exact, or at least finite.
+_LARGEST_COUNT, _LARGEST_NUMBER = 2**53, 1e100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,14 +46,14 @@ class RoundPlan:
             name: getattr(self, name) for name in ("server_round", "num_rounds", "num_owners", "num_steps", "max_users")
         }
         for name, count in counts.items():
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise InputError(f"round plan: {name} must be a whole number of at least 1, not {count!r}")
+            if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _LARGEST_COUNT:
+                raise InputError(f"round plan: {name} must be a whole number from 1 to {_LARGEST_COUNT}")
         if self.server_round > self.num_rounds:
             raise InputError(f"round plan: round {self.server_round} of only {self.num_rounds}")
         for name in ("sample_rate", "max_grad_norm", "learning_rate", "proximal_mu"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-                raise InputError(f"round plan: {name} must be finite and not negative, not {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LARGEST_NUMBER:
+                raise InputError(f"round plan: {name} must be finite, not negative and at most {_LARGEST_NUMBER:g}")
         if not 0 < self.sample_rate <= 1:
             raise InputError(f"round plan: sample_rate must lie in (0, 1], not {self.sample_rate!r}")
         if self.max_grad_norm == 0 or self.learning_rate == 0:

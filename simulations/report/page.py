@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
+from shared.page import templates
 from shared.privacy.noise import NO_NOISE, SEEDED_NOISE
 from simulations.report import plots
 from simulations.study import ARM_TITLES, arm_title, percent, share, verdict
@@ -18,13 +18,7 @@ def render_report(study: dict[str, Any], run: dict[str, Any]) -> str:
         study: the content of study.json.
         run: the content of run.json, of which ``noise``, ``regime``, ``rounds`` and ``catalogue`` are shown.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(Path(__file__).parent)
     environment.filters |= {"percent": percent, "share": share, "score": "{:.4f}".format, "arm_title": arm_title}
     losses = [
         (entry["server_round"], entry["simulation_only"]["loss"])

@@ -8,10 +8,12 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import client.owner
 from client.app import app
+from client.policy import Limits, Policy
 from shared.errors import BudgetExceeded, RefusedError
 from shared.wire.messages import Hello, OwnerFailed, TrainReply, raise_refusal
 from simulations.engines.inprocess import InProcessGrid
-from tests.small_federation import CATALOGUE, a_job, prepare
+from tests.client.test_owner import AUTOMATIC
+from tests.small_federation import CATALOGUE, a_job, policy_of, prepare
 
 
 def ask(kind: str, content: RecordDict, node_config: dict[str, Any], run_dir: Path) -> RecordDict:
@@ -49,7 +51,9 @@ def test_partitions_are_owners_in_order_of_name(run_dir):
 
 
 def test_a_node_with_a_data_path_is_an_agent_whatever_the_run_says(run_dir):
-    with pytest.raises(RefusedError, match="shop refuses seeded noise"):
+    real = policy_of(1000.0).model_dump() | {"simulated": False, "limits": Limits(), "approval": AUTOMATIC}
+    Policy(**real).save(run_dir / "owners" / "owner-001")
+    with pytest.raises(RefusedError, match=r"rule 'seeded-noise'. Its own log says more.$"):
         raise_refusal(ask("train", train_content(noise_seed=7), deployed(run_dir), run_dir))
     reply = ask("train", train_content(noise_seed=None), deployed(run_dir), run_dir)
     assert TrainReply.from_record(reply, metrics_expected=False).owner == "shop"
@@ -59,7 +63,7 @@ def test_a_node_with_a_data_path_is_an_agent_whatever_the_run_says(run_dir):
 @pytest.mark.parametrize("missing", ["owner", "data-path"])
 def test_an_agent_started_half_configured_is_not_taken_for_a_simulation(run_dir, missing):
     node = {name: value for name, value in deployed(run_dir).items() if name != missing}
-    with pytest.raises(Exception, match="needs both owner and data-path"):
+    with pytest.raises(Exception, match="code 'input'"):
         raise_refusal(ask("train", train_content(), node, run_dir))
 
 
@@ -80,7 +84,7 @@ def test_our_own_refusals_keep_their_words_and_kind(run_dir, monkeypatch):
     def refuse(*args, **kwargs):
         raise BudgetExceeded("epsilon=9 of 8")
 
-    monkeypatch.setattr(client.owner, "spent", refuse)
+    monkeypatch.setattr(client.owner, "check_budget", refuse)
     with pytest.raises(RefusedError, match="epsilon=9 of 8") as told:
         raise_refusal(ask("train", train_content(), SIMULATED, run_dir))
     assert told.value.exit_code == 3

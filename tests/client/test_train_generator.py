@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from client.train_generator import train_generator
 from shared.data.histories import Histories
@@ -85,6 +86,17 @@ def test_users_change_the_result_by_less_than_their_clip_allows():
     # Dropout and latent draws of the 29 others differ with the batch's shape, so bound the whole sum.
     for trained, count in ((with_all, 30), (without_last, 29)):
         assert np.linalg.norm(flat(trained.weights) - flat(WEIGHTS)) <= 0.3 * count / 50 * (1 + 1e-4)
+
+
+def test_dropout_and_latents_come_from_the_key_stream(monkeypatch):
+    # Torch's CPU generator keeps 32 bits of a seed. Known draws would let one user move the draws of others.
+    def known(*args, **kwargs):
+        raise AssertionError("torch's generator was asked")
+
+    for name in ("rand", "randn", "rand_like", "randn_like", "normal", "bernoulli", "dropout"):
+        monkeypatch.setattr(torch, name, known)
+    monkeypatch.setattr(torch.nn.functional, "dropout", known)
+    train_generator(WEIGHTS, users(), SPEC, PLAN, noise_seed=None, owner="a")
 
 
 def test_fedprox_pulls_towards_the_weights_received():

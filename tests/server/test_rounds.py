@@ -6,22 +6,35 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.store.policy import Policy
 from server.checkpoints import load_checkpoint, read_state
 from server.lock import run_lock
 from server.plan import FederationPlan
 from server.rounds import latest_checkpoint, run_rounds
 from shared.errors import FedAugError, InputError
 from shared.generators.multvae import initial_weights
+from shared.privacy.chain import Receipt, head_message
 from shared.wire.messages import WIRE_VERSION, CatalogueMismatch, Hello, TrainJob, TrainReply
 from simulations.engines.inprocess import InProcessGrid
-from tests.small_federation import CATALOGUE, DELTA, RELEASE, SPEC, plan_for, prepare, terms
+from tests.small_federation import CATALOGUE, RELEASE, SPEC, plan_for, policy_of, prepare, terms
 
 OWNERS = ("a", "b", "c")
 Change = Callable[[str, RecordDict], RecordDict]
+
+
+def receipt_of(owner: str, number: int) -> Receipt:
+    key = Ed25519PrivateKey.generate()
+    head_hash = f"{number:064x}"
+    return Receipt(
+        data_source=owner,
+        number=number,
+        head_hash=head_hash,
+        signature=key.sign(head_message(owner, number, head_hash)).hex(),
+        public_key=key.public_key().public_bytes_raw().hex(),
+    )
 
 
 def unchanged(owner: str, record: RecordDict) -> RecordDict:
@@ -53,7 +66,12 @@ def federation(
         owner, job = name_of(context), TrainJob.from_record(message.content)
         moved = {name: value + np.float32(OWNERS.index(owner) + 1) for name, value in job.weights.items()}
         made = TrainReply(
-            owner=owner, server_round=job.plan.server_round, weights=moved, release=job.plan.release, simulation_only={}
+            owner=owner,
+            server_round=job.plan.server_round,
+            weights=moved,
+            release=job.plan.release,
+            receipt=receipt_of(owner, job.plan.server_round),
+            simulation_only={},
         )
         return Message(reply(owner, made.to_record()), reply_to=message)
 
@@ -202,7 +220,7 @@ def test_a_hello_that_does_not_fit_stops_the_run(tmp_path, hello, words):
 def test_a_catalogue_mismatch_has_its_own_kind(tmp_path):
     prepare(tmp_path)
     folder = tmp_path / "owners" / "owner-002"
-    Policy(epsilon=9.0, delta=DELTA, catalogue_hash="another", max_users=40, simulated=True).save(folder)
+    policy_of(9.0, catalogue_hash="another").save(folder)
     from client.app import app
 
     with pytest.raises(CatalogueMismatch, match=f"another, the server plans with {CATALOGUE}"):

@@ -17,13 +17,15 @@ import torch
 
 import client.owner
 import server.rounds
-from client.store.ledger import Ledger
-from client.store.policy import Policy
+from client.store.lifetime import LifetimeLedger
+from client.store.verification import verify
 from server.checkpoints import read_state
+from server.receipts import read_receipts
 from shared.errors import FedAugError, InputError, RefusedError
 from shared.privacy.accounting import epsilon
+from shared.privacy.chain import Reserve
 from simulations.engines import flower, run_federation
-from tests.small_federation import CATALOGUE, DELTA, RELEASE, prepare, terms
+from tests.small_federation import DELTA, RELEASE, policy_of, prepare, terms
 
 STRATEGIES = [
     {"strategy": "fedavg"},
@@ -41,8 +43,12 @@ def run(run_dir: Path, engine="inprocess", num_owners=3) -> dict[str, bytes]:
 def charges(run_dir: Path) -> dict[str, tuple]:
     found = {}
     for path in sorted(run_dir.glob("owners/*/ledger.sqlite")):
-        with Ledger(path) as ledger:
-            found[path.parent.name] = ledger.charges()
+        with LifetimeLedger(path) as ledger:
+            found[path.parent.name] = tuple(
+                (entry.content.server_round, entry.content.release)
+                for entry in ledger.entries()
+                if isinstance(entry.content, Reserve)
+            )
     return found
 
 
@@ -68,9 +74,11 @@ def test_every_round_is_on_every_ledger(tmp_path):
     prepare(tmp_path)
     run(tmp_path)
     assert [len(rows) for rows in charges(tmp_path).values()] == [3, 3, 3]
-    with Ledger(tmp_path / "owners" / "owner-001" / "ledger.sqlite") as ledger:
+    path = tmp_path / "owners" / "owner-001" / "ledger.sqlite"
+    with LifetimeLedger(path) as ledger:
         assert epsilon(ledger.releases(), DELTA) == epsilon([RELEASE] * 3, DELTA)
-        assert {charge.status for charge in ledger.charges()} == {"committed"}
+    state = verify(path, receipt=read_receipts(tmp_path)["owner-001"])
+    assert (state.ok, state.reserved, state.committed) == (True, 3, 3)
 
 
 def test_strategies_differ(tmp_path):
@@ -86,7 +94,7 @@ Moment = tuple[object, str, Callable[[tuple], bool]]
 MOMENTS: dict[str, Moment] = {
     "charged, not trained": (client.owner, "train_generator", lambda a: a[3].server_round == 2),
     "trained, reply not kept": (client.owner, "save_reply", lambda a: a[1].plan.server_round == 2),
-    "reply kept, not committed": (Ledger, "commit", lambda a: a[2] == 2),
+    "reply kept, not committed": (LifetimeLedger, "commit", lambda a: a[1] == 4),
     "aggregated, no checkpoint": (server.rounds, "save_checkpoint", lambda a: a[1].server_round == 2),
     "arrays written, no state": (
         server.checkpoints,
@@ -173,11 +181,9 @@ def test_a_bug_at_an_owner_stops_the_run_and_names_the_owner_alone(tmp_path, mon
 
 def test_a_run_that_would_exceed_a_budget_is_refused(tmp_path):
     prepare(tmp_path)
-    budget = epsilon([RELEASE] * 2, DELTA)
-    Policy(epsilon=budget, delta=DELTA, catalogue_hash=CATALOGUE, max_users=40, simulated=True).save(
-        tmp_path / "owners" / "owner-002"
-    )
-    with pytest.raises(RefusedError, match="round 3 would bring owner-002 to epsilon=") as refused:
+    budget = epsilon([RELEASE] * 2, DELTA) * (1 + 1e-6)
+    policy_of(budget, data_source="owner-002").save(tmp_path / "owners" / "owner-002")
+    with pytest.raises(RefusedError, match="round 3, owner-002: refused by rule 'epsilon-for-life'") as refused:
         run(tmp_path)
     assert refused.value.exit_code == 3
     assert read_state(tmp_path)["server_round"] == 2

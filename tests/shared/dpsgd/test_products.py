@@ -46,12 +46,12 @@ def test_both_ways_give_the_norms_and_the_sum(monkeypatch, places, formed, kept,
     height=st.integers(1, 40),
     places=st.integers(2, 40),
     rank=st.integers(1, 3),
-    off=st.integers(-80, 0).map(lambda tenths: tenths / 10),
+    # About -2.5 a norm is just above what rounding leaves of it.
+    off=st.one_of(st.integers(-80, 0), st.integers(-30, -18)).map(lambda tenths: tenths / 10),
 )
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=100)
 def test_no_norm_is_a_thousandth_too_small(seed, width, height, places, rank, off):
-    # Without forming: places of few directions, the last of which takes back the others but
-    # for a share of 10^off.
+    # Without forming: places of few directions, the last of which takes back the others but for a share of 10^off.
     draw = numbers(seed, torch.float64)
     inputs = (draw(1, places, rank) @ draw(rank, width)).float()
     gradients = draw(1, 1, height).expand(1, places, height).float().clone()

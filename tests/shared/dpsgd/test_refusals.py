@@ -314,6 +314,22 @@ def test_gradients_that_reach_a_parameter_past_its_layer_are_refused(engine, nam
 
 
 @ENGINE
+@pytest.mark.parametrize(
+    ("parameters", "numbers"),
+    [
+        (lambda module, other: module[0].parameters(), "moves 0 .* leaves out 2 "),
+        (lambda module, other: [*module.parameters(), *other.parameters()], "moves 2 .* leaves out 0 "),
+        (lambda module, other: other.parameters(), "moves 2 .* leaves out 4 "),
+    ],
+)
+def test_an_optimizer_of_other_parameters_is_refused(engine, parameters, numbers):
+    module, other = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(parameters(module, other), lr=1.0)
+    with pytest.raises(RefusedError, match=rf"{numbers}.*Build the optimizer from model.parameters\(\)"):
+        ENGINES[engine](module, optimizer, release_of(), max_grad_norm=1.0, chance=Chance.seeded(0))
+
+
+@ENGINE
 def test_no_step_beyond_the_release(engine):
     layer = nn.Linear(4, 1)
     built = build(engine, layer, num_steps=2)

@@ -1,5 +1,6 @@
 """A generator on disk: read back unchanged, refused when damaged."""
 
+import dataclasses
 import json
 import math
 
@@ -51,6 +52,17 @@ def test_only_real_noise_makes_a_generator_exportable(tmp_path, epsilon, noise, 
     save_generator(tmp_path, initial_weights(SPEC, 5), card(epsilon=epsilon, noise=noise), ITEMS)
     assert load_generator(tmp_path).card.exportable is exportable
     assert json.loads((tmp_path / "card.json").read_text())["exportable"] is exportable
+
+
+def test_a_catalogue_read_off_the_data_is_not_exportable():
+    assert card(noise="local").exportable
+    assumed = {**card().catalogue, "source": "assumed public"}
+    assert not dataclasses.replace(card(noise="local"), catalogue=assumed).exportable
+
+
+def test_the_card_speaks_of_people_who_are_users_of_several_owners(tmp_path):
+    save_generator(tmp_path, initial_weights(SPEC, 5), card(), ITEMS)
+    assert "sum of their epsilons" in json.loads((tmp_path / "card.json").read_text())["privacy"]["people"]
 
 
 def test_other_weights_under_the_same_card_are_refused(tmp_path):
