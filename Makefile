@@ -31,6 +31,7 @@ bench: venv
 	$(BIN)/python -m benchmarks.ingest
 	$(BIN)/python -m benchmarks.engines
 	$(BIN)/python -m benchmarks.dpsgd
+	$(BIN)/python -m benchmarks.ledger
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

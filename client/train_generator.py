@@ -87,7 +87,8 @@ def train_generator(
             f"round {plan.server_round}: training left the finite numbers, so nothing was released."
             f" Lower federation.client_learning_rate (now {plan.learning_rate:g})."
         )
-    loss = float(torch.cat(losses).mean()) if sum(map(len, losses)) else float("nan")
+    counted = [values for values in losses if len(values)]
+    loss = float(torch.cat(counted).mean()) if counted else float("nan")
     return TrainedRound(trained, trainer.executed(), loss, trainer.num_zeroed)
 
 

@@ -144,6 +144,21 @@ def test_one_ledger_sees_what_another_wrote(path, key):
         assert one.receipt().number == two.receipt().number == 4
 
 
+def test_what_is_read_is_of_one_moment(path, key):
+    """Between two statements of the reader somebody else charges."""
+    with open_(path, key) as reader, open_(path, key) as writer:
+        writer.reserve(a_charge(1), allow=anything)
+
+        def charge_beside(statement):
+            if "FROM totals" in statement:
+                writer.reserve(a_charge(2), allow=anything)
+
+        reader._database.set_trace_callback(charge_beside)
+        assert reader.receipt().number == 2
+        reader._database.set_trace_callback(None)
+        assert reader.receipt().number == 3
+
+
 def reserve_fifty(path, key_path, run_id, seen):
     key = OwnerKey.load(key_path)
     with open_(path, key) as ledger:
@@ -327,6 +342,20 @@ def test_a_full_disk_charges_nothing_and_says_what_to_do(path, key):
         assert ledger.latest(long_id, 2) is None
         ledger._database.execute("PRAGMA max_page_count = 100000")
         assert ledger.reserve(a_charge(2, run_id=long_id), allow=refuse_nothing_but({RELEASE: 1})) == 3
+    assert_sound(path, key)
+
+
+def test_a_charge_that_failed_at_the_last_moment_is_not_remembered(path, key):
+    def deny_commit(action, what, *_):
+        return sqlite3.SQLITE_DENY if (action, what) == (sqlite3.SQLITE_TRANSACTION, "COMMIT") else sqlite3.SQLITE_OK
+
+    with open_(path, key) as ledger:
+        ledger._database.set_authorizer(deny_commit)
+        with pytest.raises(InputError, match="cannot be used"):
+            ledger.reserve(a_charge(1), allow=anything)
+        ledger._database.set_authorizer(None)
+        assert ledger.reserve(a_charge(2), allow=refuse_nothing_but({})) == 2
+        assert ledger.releases() == (RELEASE,)
     assert_sound(path, key)
 
 
