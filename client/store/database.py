@@ -50,7 +50,10 @@ def connect(path: Path, *, mode: Literal["rw", "rwc"] = "rw") -> sqlite3.Connect
 
 
 def connect_to_read(path: Path) -> sqlite3.Connection:
-    """A connection that changes nothing of the ledger, also where the folder may not be written."""
+    """A connection that changes no entry, also where the folder may not be written.
+
+    A write-ahead log that a dead process left is written back into its file, as by whoever opens it next.
+    """
     uri = f"{path.resolve().as_uri()}?mode=rw"  # rw, since a connection that only reads leaves SQLite's files behind
     try:
         return _connect_to_read(uri)

@@ -314,7 +314,7 @@ class LifetimeLedger:
             try:
                 with closing(connect_to_read(backup)) as source:
                     _copy(source, copy)
-            except sqlite3.Error as error:
+            except (sqlite3.Error, UnicodeDecodeError) as error:
                 raise _no_backup(backup, error) from None
             if path.exists():
                 return cls._add_backup(path, copy, backup, key=key, data_source=data_source)

@@ -107,7 +107,7 @@ def are_priced(steps: Mapping[Step, int]) -> bool:
 
 def loss_of(steps: Mapping[Step, int]) -> Any:
     """The privacy loss distribution of ``steps`` together; they must be priced, and at least one."""
-    parts = [_loss_of_step(step).self_compose(count) for step, count in steps.items()]
+    parts = [_loss_of_steps(step, count) for step, count in steps.items()]
     return reduce(lambda one, other: one.compose(other), parts)
 
 
@@ -232,6 +232,11 @@ def _least_divergence(noise_multiplier: float, sample_rate: float) -> float:
     if sample_rate < 1:
         rare += (1 - sample_rate) * math.log1p(-sample_rate)
     return max(sample_rate**2 / square, rare)
+
+
+@lru_cache(maxsize=4)  # a plan is priced alone, then after all that was spent
+def _loss_of_steps(step: Step, count: int) -> Any:
+    return _loss_of_step(step).self_compose(count)
 
 
 def _loss_of_step(step: Step) -> Any:

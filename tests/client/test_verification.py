@@ -139,6 +139,12 @@ def test_entries_cut_off_the_end_are_found(path, key):
     assert problems(path) == "its head is not signed by the owner's key"
 
 
+def test_an_entry_replaced_by_one_with_a_hash_of_its_own_is_found(path):
+    body = rows(path)[1][1].replace(b'"noise_multiplier":1.5', b'"noise_multiplier":9.5')
+    tamper(path, ("UPDATE entries SET body = ?, hash = ? WHERE number = 2", (body, bytes.fromhex(digest(body)))))
+    assert "entry 3: it does not follow the entry before it" in problems(path)
+
+
 def test_a_forged_entry_is_found(path, key):
     contents = contents_of(path)
     cheaper = Reserve.of(a_charge(1, release=OTHER_RELEASE), at=AT)
