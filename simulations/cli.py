@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from client.cli import client, ledger
 from shared.config import Scenario, load_scenario
 from shared.errors import FedAugError, InputError
 
@@ -24,6 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(ledger, name="ledger")
+app.add_typer(client, name="client")
 
 
 class Form(StrEnum):

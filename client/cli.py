@@ -1,0 +1,156 @@
+"""An owner's commands: each parses, calls one function and prints."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# What they call is imported in them: pricing stands on libraries that take seconds, and --help should not.
+
+ledger = typer.Typer(help="Read, check, plan and keep an owner's ledger of privacy spent.", no_args_is_help=True)
+client = typer.Typer(help="Decide as an owner: which runs may use its data.", no_args_is_help=True)
+
+State = Annotated[
+    Path,
+    typer.Option("--state", help="Folder of the owner: policy.toml, ledger.sqlite, owner.key; or RUN/owners/NAME."),
+]
+Delta = Annotated[
+    float | None, typer.Option("--delta", help="Where no policy can be read: read epsilon at this delta.")
+]
+By = Annotated[str | None, typer.Option("--by", help="Who decides; default: the user of this session.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@ledger.command("show")
+def show(
+    state: State,
+    last: Annotated[int, typer.Option("--last", min=0, help="Show so many lines, the newest; 0 for all.")] = 20,
+    rounds: Annotated[bool, typer.Option("--rounds", help="One line for each round, not for each run.")] = False,
+    delta: Delta = None,
+    as_json: Json = False,
+) -> None:
+    """Show what was charged, what it cost, and what remains."""
+    from client import commands
+
+    commands.show(state, last=last, by_round=rounds, delta=delta, as_json=as_json)
+
+
+@ledger.command("verify")
+def verify(
+    state: State,
+    receipt: Annotated[Path | None, typer.Option("--receipt", help="A receipt that the owner gave out.")] = None,
+    key: Annotated[str | None, typer.Option("--key", help="Owner's public key, in hex; default: owner.key's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check that nothing in the ledger was changed, dropped or moved; exit code 3 if anything was."""
+    from client import upkeep
+
+    if not upkeep.verify_ledger(state, receipt=receipt, key=key, as_json=as_json):
+        raise typer.Exit(3)
+
+
+@ledger.command("plan")
+def plan(
+    state: State,
+    rounds: Annotated[str, typer.Option("--rounds", help="Rounds of a run, by comma.")] = "10,50,100",
+    noise: Annotated[str, typer.Option("--noise", help="Noise multipliers, by comma.")] = "0.5,1,2",
+    rate: Annotated[str, typer.Option("--rate", help="Sample rates, by comma.")] = "0.05,0.2",
+    local_steps: Annotated[int, typer.Option("--local-steps", min=1, help="Optimizer steps in a round.")] = 1,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw epsilon against rounds: FILE.png or .html.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Price runs that could come next, and say how many more the budget holds."""
+    from client import commands
+
+    commands.plan(state, rounds=rounds, noise=noise, rate=rate, local_steps=local_steps, plot=plot, as_json=as_json)
+
+
+@ledger.command("export")
+def export(
+    state: State,
+    out: Annotated[Path, typer.Option("--out", help="File to write: .html or .json.")],
+    delta: Delta = None,
+    as_json: Json = False,
+) -> None:
+    """Write a statement for a privacy officer, in plain language, without a private figure."""
+    from client import commands
+
+    commands.export(state, out, delta=delta, as_json=as_json)
+
+
+@ledger.command("receipt")
+def receipt(
+    state: State,
+    out: Annotated[Path | None, typer.Option("--out", help="Write it to this file as well.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the signed word on where the ledger stands; always as one JSON object."""
+    from client import upkeep
+
+    upkeep.print_receipt(state, out)
+
+
+@ledger.command("backup")
+def backup(
+    state: State,
+    out: Annotated[Path, typer.Option("--out", help="File to write; one that exists is left as it is.")],
+    as_json: Json = False,
+) -> None:
+    """Copy the ledger into one file, also while the agent runs."""
+    from client import upkeep
+
+    upkeep.back_up(state, out, as_json=as_json)
+
+
+@ledger.command("restore")
+def restore(
+    state: State,
+    source: Annotated[Path, typer.Option("--from", help="Backup to read; it is left as it is.")],
+    as_json: Json = False,
+) -> None:
+    """Bring back what a backup knows; what counts as spent never becomes less."""
+    from client import upkeep
+
+    upkeep.restore(state, source, as_json=as_json)
+
+
+@client.command("approve")
+def approve(
+    state: State,
+    run: Annotated[str | None, typer.Argument(help="Name of the run; without one, runs are listed.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask: for scripts.")] = False,
+    by: By = None,
+    as_json: Json = False,
+) -> None:
+    """List the runs that servers proposed, or approve one on exactly the terms shown."""
+    from client import decisions
+
+    if run is None:
+        decisions.list_proposals(state, as_json=as_json)
+    else:
+        decisions.approve_run(state, run, yes=yes, by=by, as_json=as_json)
+
+
+@client.command("withdraw")
+def withdraw(
+    state: State,
+    run: Annotated[str, typer.Argument(help="Name of the run.")],
+    by: By = None,
+    as_json: Json = False,
+) -> None:
+    """Let a run go no further, whoever approved it; what it was given, it keeps."""
+    from client import decisions
+
+    decisions.withdraw_run(state, run, by=by, as_json=as_json)
+
+
+@client.command("status")
+def status(
+    state: State,
+    last: Annotated[int, typer.Option("--last", min=0, help="Lines of the security log to show.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Show the policy in short, what is spent and left, open proposals and the newest lines of the log."""
+    from client import decisions
+
+    decisions.status(state, last=last, as_json=as_json)
