@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 OUT ?=
 
-.PHONY: venv demo test check bench clean
+.PHONY: venv demo test exhaustive check bench clean
 
 venv: .venv/.installed
 
@@ -21,6 +21,10 @@ demo: venv
 
 test: venv
 	$(BIN)/python -m pytest
+
+# Minutes of trying everything: each bit of a ledger flipped, an owner killed 500 times.
+exhaustive: venv
+	$(BIN)/python -m pytest -m exhaustive
 
 check: venv
 	$(BIN)/ruff check .

@@ -90,7 +90,7 @@ def test_an_agent_killed_a_hundred_times_counts_all_it_released(key, tmp_path):
     kill_agents(key, tmp_path, kills=100)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_agent_killed_five_hundred_times_counts_all_it_released(key, tmp_path):
     kill_agents(key, tmp_path, kills=500)
 

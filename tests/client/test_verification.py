@@ -436,7 +436,7 @@ def test_one_in_thirteen_flipped_bits_of_entries_is_found(twenty, tmp_path):
     assert_every_flip_is_found(path, bits[::13])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_flipped_bit_of_entries_is_found(twenty, tmp_path):
     path = Path(shutil.copy(twenty, tmp_path))
     assert_every_flip_is_found(path, [(offset, bit) for offset in places_of(path) for bit in range(8)])
