@@ -80,7 +80,12 @@ class HooksDpSgd(DpSgd):
 
 
 class GhostDpSgd(DpSgd):
-    """By Opacus' ghost clipping: norms first, then a second backward pass over the clipped losses."""
+    """By Opacus' ghost clipping: norms first, then a second backward pass over the clipped losses.
+
+    For simulations. Norm and sum come from two computations, so at inputs of 1e10 and more, rounding lets a user of an
+    embedding, a layer norm or a GRU exceed the clip; and where one user is not finite, the others' losses are drawn
+    anew.
+    """
 
     def _prepare(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, chance: Chance

@@ -207,11 +207,17 @@ class SparseBagRule(Rule):
 
 
 class EmbeddingRule(Rule):
-    """:class:`torch.nn.Embedding` over ids of shape ``(num_users, [any places])``; the padding row stays as it is."""
+    """:class:`torch.nn.Embedding` over ids of shape ``(num_users, places)``; the padding row stays as it is."""
 
     module: nn.Embedding
 
     def compute(self, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if inputs[0].dim() < 2:
+            # Positions, broadcast over users later, look like one id per user where there are as many of both.
+            raise RefusedError(
+                f"layer {self.name!r} got ids of shape {tuple(inputs[0].shape)}, and needs (num_users, places). Repeat"
+                " positions for each user; write one id per user as ids[:, None]."
+            )
         return self.module.forward(*inputs), inputs
 
     def pull_back(self, kept: tuple[Tensor, ...], gradient: Tensor, *, wanted: bool) -> Tensor | None:

@@ -93,7 +93,7 @@ def test_sparse_bag(dtype, seed, size, bags):
     seed=seeds,
     num_users=few,
     num_items=st.integers(1, 5),
-    places=st.lists(st.integers(1, 4), max_size=2),
+    places=st.lists(st.integers(1, 4), min_size=1, max_size=2),
     padded=st.booleans(),
     all_padding=st.booleans(),
 )

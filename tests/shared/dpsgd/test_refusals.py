@@ -264,13 +264,23 @@ def test_opacus_refuses_gradients_inside_a_loss_in_its_own_words(engine, twice):
 
 
 def test_rows_that_are_not_users_are_refused():
-    module = nn.ModuleDict({"places": nn.Embedding(5, 4), "layer": nn.Linear(4, 1)})
+    module = nn.ModuleDict({"places": nn.Linear(1, 4), "layer": nn.Linear(4, 1)})
 
     def losses(users):
-        states = users[:, None] + module["places"](torch.arange(5))
+        states = users[:, None] + module["places"](torch.arange(5.0)[:, None])
         return module["layer"](states).sum((1, 2))
 
     refused(module, losses, match="'places' saw 5 rows for 3 users.*first dimension", error=ValueError)
+
+
+def test_positions_that_could_be_taken_for_users_are_refused():
+    # As many positions as users: broadcast over users later, their gradient would be of all users at once.
+    module = nn.ModuleDict({"places": nn.Embedding(3, 4), "layer": nn.Linear(4, 1)})
+
+    def losses(users):
+        return module["layer"](users[:, None] + module["places"](torch.arange(3))).sum((1, 2))
+
+    refused(module, losses, match="Repeat positions for each user")
 
 
 class TiedHead(nn.Module):
