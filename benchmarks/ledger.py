@@ -3,7 +3,7 @@
     python -m benchmarks.ledger [PART ...] [--entries N] [--json]
 
 Goals at 100,000 entries, half of them charges: verified in under 2 s, and the next charge decided and on disk in
-milliseconds.
+milliseconds. At 10,000 charges: what one more would cost in 50 ms where its kind was seen before, in 300 ms else.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from client.store.verification import verify
 from shared.privacy.chain import Charge, Commit, Content, Reserve
 from shared.privacy.noise import LOCAL_NOISE
 from shared.privacy.releases import DpSgdRelease
+from shared.privacy.running import RunningCost
 
 _NUM_RELEASES = 500  # runs of 100 rounds, each calibrated to noise of its own
 _AT = "2026-11-22T05:45:00Z"
@@ -104,9 +105,39 @@ def measure_chain(part: Callable[[Path, OwnerKey], dict[str, Any]], num_entries:
         return {"entries": num_entries, "ledger_mib": size, **part(path, key)}
 
 
+def measure_cost(num_entries: int) -> dict[str, Any]:
+    """What one more round would cost, on a tenth as many charges of five kinds: of a kind seen before, and of a new."""
+    kinds = [_kind(noise_multiplier) for noise_multiplier in (40.0, 45.0, 50.0, 55.0, 60.0)]
+    cost = RunningCost()
+    began = time.perf_counter()
+    for number in range(num_entries // 10):
+        cost.add(kinds[number % len(kinds)])
+    added = time.perf_counter() - began
+    cost.epsilon(1e-6)
+    seen = [_milliseconds(partial(cost.epsilon_with, [kinds[turn % 5]], 1e-6)) for turn in range(15)]
+    new = [_milliseconds(partial(cost.epsilon_with, [_kind(41.0 + turn / 10)], 1e-6)) for turn in range(15)]
+    return {
+        "entries": num_entries // 10,
+        "add_all_ms": round(1e3 * added, 2),
+        "seen_kind_ms": round(statistics.median(seen), 2),
+        "new_kind_ms": round(statistics.median(new), 2),
+    }
+
+
+def _kind(noise_multiplier: float) -> DpSgdRelease:
+    return DpSgdRelease(noise_multiplier=noise_multiplier, sample_rate=0.2, num_steps=1, max_users=1500, max_batch=400)
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - began)
+
+
 PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "verify": partial(measure_chain, measure_verify),
     "reserve": partial(measure_chain, measure_reserve),
+    "cost": measure_cost,
 }
 
 
