@@ -193,6 +193,7 @@ def _prepare(scenario: Scenario, federation: Federation, price: Price, run_dir: 
             max_users=price.max_users,
             epsilon=ceiling,
             delta=price.delta,
+            max_items_per_user=scenario.data.max_items_per_user,
             dpsgd=DpSgd(engine=scenario.dpsgd.engine, device=scenario.dpsgd.device),
         )
         policy.save(folder)

@@ -8,6 +8,7 @@ from flwr.app import RecordDict
 
 import client.owner
 from client.approvals import approve, proposals
+from client.data import training_histories
 from client.owner import Owner
 from client.policy import Approval, Limits, Policy
 from client.rules import Refusal
@@ -189,6 +190,14 @@ def test_who_opted_out_is_never_trained_on(deployed, monkeypatch):
     everyone = Histories.load(deployed.directory / "train.npz")
     expected = everyone.select([user for user in range(30) if user not in (3, 7)])
     assert np.array_equal(seen[0].items, expected.items)
+
+
+def test_only_the_newest_items_of_a_user_are_used(owner):
+    histories = Histories.from_rows([[3, 1, 2], [], [5], [7, 8, 9, 4]], num_items=12)
+    histories.save(owner.directory / "train.npz")
+    policy = Policy.load(owner.directory).model_copy(update={"max_items_per_user": 2})
+    used = training_histories(owner.directory, policy, num_items=12)
+    assert [used.row(user).tolist() for user in range(4)] == [[1, 2], [], [5], [9, 4]]
 
 
 def test_a_refusal_names_what_would_fit(owner):
