@@ -28,9 +28,10 @@ from shared.errors import FedAugError, RefusedError
 from shared.privacy.chain import Charge
 from shared.privacy.noise import LOCAL_NOISE, NO_NOISE, SEEDED_NOISE, NoiseKind
 from shared.privacy.planning import affordable_rounds, least_noise
-from shared.privacy.releases import Release
+from shared.privacy.releases import DpSgdRelease, Release
 from shared.privacy.running import RunningCost
 from shared.wire.messages import WIRE_VERSION, Hello, TrainJob, TrainReply
+from shared.wire.plan import RoundPlan
 
 LEDGER, KEY = "ledger.sqlite", "owner.key"
 
@@ -225,8 +226,10 @@ class Owner:
 def _refuse_over_budget(
     job: TrainJob, policy: Policy, ledger: LifetimeLedger, spent: Mapping[Release | None, int]
 ) -> None:
-    """Raise unless what is spent and the release asked for fit the policy."""
-    release, ceilings = job.plan.release, policy.ceilings
+    """Raise unless what is spent, this round and the rounds still to come fit the policy: a run that cannot end within
+    the budget is refused before it trains anything.
+    """
+    rest, ceilings = _rest_of_run(job.plan), policy.ceilings
     life: Counts = tuple(spent.items())
     run: Counts = ()
     if ceilings.epsilon_per_run is not None:
@@ -235,7 +238,7 @@ def _refuse_over_budget(
         return
 
     def spending(counts: Counts) -> Spending:
-        before, after = (_epsilon(counts, more, ceilings.delta) for more in ((), (release,)))
+        before, after = (_epsilon(counts, more, ceilings.delta) for more in ((), (rest,)))
         return Spending(before=before, after=after)
 
     try:
@@ -247,18 +250,21 @@ def _refuse_over_budget(
 
 def _alternative(job: TrainJob, policy: Policy, spent: RunningCost) -> str | None:
     """What would still fit below the ceiling for life, in words."""
-    ceiling, release = policy.ceilings.epsilon, job.plan.release
-    if ceiling is None or release is None:
-        return None
-    noisier = least_noise(spent, release, delta=policy.ceilings.delta, ceiling=ceiling)
-    if noisier is None:
+    ceiling, release, rest = policy.ceilings.epsilon, job.plan.release, _rest_of_run(job.plan)
+    if ceiling is None or release is None or rest is None:
         return None
     to_come = job.plan.num_rounds - job.plan.server_round + 1
     more = affordable_rounds(spent, release, delta=policy.ceilings.delta, ceiling=ceiling, most=to_come)
-    return (
-        f"One more round would fit with noise_multiplier {noisier.noise_multiplier:.4g};"
-        f" of rounds like this one, {more} of the {to_come} to come would"
-    )
+    noisier = least_noise(spent, rest, delta=policy.ceilings.delta, ceiling=ceiling)
+    with_noise = f", or all with noise_multiplier {noisier.noise_multiplier:.4g}" if noisier is not None else ""
+    return f"Of the {to_come} round(s) to come, {more} would fit{with_noise}"
+
+
+def _rest_of_run(plan: RoundPlan) -> DpSgdRelease | None:
+    """This round and those after it as one release; None without privacy."""
+    if plan.release is None:
+        return None
+    return replace(plan.release, num_steps=plan.num_steps * (plan.num_rounds - plan.server_round + 1))
 
 
 @lru_cache(maxsize=256)  # simulated owners spend alike

@@ -99,17 +99,24 @@ def test_two_different_requests_for_one_round_are_refused(owner):
 
 
 def test_epsilon_never_resets_between_rounds_or_runs(owner):
-    budget = epsilon([RELEASE] * 3, DELTA) * (1 + 1e-6)
+    budget = epsilon([RELEASE] * 4, DELTA) * (1 + 1e-6)
     policy_of(budget).save(owner.directory)
-    owner.answer(a_job(1))
-    owner.answer(a_job(2))
-    owner.answer(a_job(1, run_id="another-run"))
+    for server_round in (1, 2, 3):
+        owner.answer(a_job(server_round))
+    owner.answer(a_job(3, run_id="another-run"))  # its last round, and the last that fits
+    with pytest.raises(BudgetExceeded, match=r"epsilon-for-life.*spent before"):
+        owner.answer(a_job(3, run_id="one-more"))
+    assert releases(owner) == (RELEASE,) * 4  # what is refused is not charged
+
+
+def test_a_run_that_cannot_end_within_the_budget_is_refused_before_it_trains(owner):
+    policy_of(epsilon([RELEASE] * 2, DELTA) * 1.01).save(owner.directory)
     with pytest.raises(
-        BudgetExceeded,
-        match=r"epsilon-for-life.*spent before.*One more round",
-    ):
-        owner.answer(a_job(2, run_id="another-run"))
-    assert releases(owner) == (RELEASE,) * 3  # what is refused is not charged
+        BudgetExceeded, match=r"Of the 3 round\(s\) to come, 2 would fit, or all with noise_multiplier"
+    ) as no:
+        owner.answer(a_job(1))
+    assert no.value.exit_code == 3
+    assert releases(owner) == ()
 
 
 def test_a_budget_short_by_a_hair_refuses(owner):
@@ -198,15 +205,6 @@ def test_only_the_newest_items_of_a_user_are_used(owner):
     policy = Policy.load(owner.directory).model_copy(update={"max_items_per_user": 2})
     used = training_histories(owner.directory, policy, num_items=12)
     assert [used.row(user).tolist() for user in range(4)] == [[1, 2], [], [5], [9, 4]]
-
-
-def test_a_refusal_names_what_would_fit(owner):
-    budget = epsilon([RELEASE] * 2, DELTA) * 1.01
-    policy_of(budget).save(owner.directory)
-    for server_round in (1, 2):
-        owner.answer(a_job(server_round))
-    with pytest.raises(BudgetExceeded, match=r"noise_multiplier [0-9.]+; of rounds like this one, 0 of the 1"):
-        owner.answer(a_job(3))
 
 
 def test_a_runs_releases_include_those_a_backup_brought_back(owner, tmp_path):

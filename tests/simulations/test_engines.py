@@ -183,10 +183,10 @@ def test_a_run_that_would_exceed_a_budget_is_refused(tmp_path):
     prepare(tmp_path)
     budget = epsilon([RELEASE] * 2, DELTA) * (1 + 1e-6)
     policy_of(budget, data_source="owner-002").save(tmp_path / "owners" / "owner-002")
-    with pytest.raises(RefusedError, match="round 3, owner-002: refused by rule 'epsilon-for-life'") as refused:
+    with pytest.raises(RefusedError, match="round 1, owner-002: refused by rule 'epsilon-for-life'") as refused:
         run(tmp_path)
     assert refused.value.exit_code == 3
-    assert read_state(tmp_path)["server_round"] == 2
+    assert read_state(tmp_path)["server_round"] == 0
     assert json.loads((tmp_path / "failure.json").read_text())["exit_code"] == 3
 
 
