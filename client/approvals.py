@@ -123,9 +123,7 @@ def whole_run(plan: RoundPlan) -> DpSgdRelease | None:
     Raises:
         InputError: more steps than a release can have.
     """
-    if plan.release is None:
-        return None
-    return replace(plan.release, num_steps=plan.num_steps * plan.num_rounds)
+    return replace(plan, server_round=1).rest_of_run
 
 
 def require_approval(directory: Path, proposal: Proposal, policy: Policy) -> None:

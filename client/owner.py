@@ -17,6 +17,7 @@ from client.egress import check_egress
 from client.policy import Policy
 from client.rules import Refusal, Spending, check_budget, check_request, shown
 from client.security_log import SecurityLog, described
+from client.state import KEY, LEDGER
 from client.store.keys import OwnerKey
 from client.store.lifetime import Charged, LifetimeLedger
 from client.store.lock import agent_lock
@@ -28,12 +29,10 @@ from shared.errors import FedAugError, RefusedError
 from shared.privacy.chain import Charge
 from shared.privacy.noise import LOCAL_NOISE, NO_NOISE, SEEDED_NOISE, NoiseKind
 from shared.privacy.planning import affordable_rounds, least_noise
-from shared.privacy.releases import DpSgdRelease, Release
+from shared.privacy.releases import Release
 from shared.privacy.running import RunningCost
 from shared.wire.messages import WIRE_VERSION, Hello, TrainJob, TrainReply
 from shared.wire.plan import RoundPlan
-
-LEDGER, KEY = "ledger.sqlite", "owner.key"
 
 # How long a second agent of the same data waits for the first to answer before it refuses.
 _WAIT_SECONDS = 600.0
@@ -173,15 +172,13 @@ class Owner:
     def _require_approval(self, job: TrainJob, policy: Policy, ledger: LifetimeLedger) -> None:
         if policy.simulated:
             return
-        delta, run = policy.ceilings.delta, whole_run(job.plan)
-        remaining = job.plan.num_rounds - job.plan.server_round + 1
-        spent = _cost(tuple(ledger.spent().items()))
+        delta = policy.ceilings.delta
         proposal = Proposal.of(
             job,
             now=datetime.now(UTC),
             delta=delta,
-            epsilon_of_run=RunningCost().epsilon_with([run], delta),
-            epsilon_after=spent.epsilon_with([job.plan.release], delta, times=remaining),
+            epsilon_of_run=_epsilon((), (whole_run(job.plan),), delta),
+            epsilon_after=_epsilon(tuple(ledger.spent().items()), (job.plan.rest_of_run,), delta),
         )
         require_approval(self.directory, proposal, policy)
 
@@ -229,7 +226,7 @@ def _refuse_over_budget(
     """Raise unless what is spent, this round and the rounds still to come fit the policy: a run that cannot end within
     the budget is refused before it trains anything.
     """
-    rest, ceilings = _rest_of_run(job.plan), policy.ceilings
+    rest, ceilings = job.plan.rest_of_run, policy.ceilings
     life: Counts = tuple(spent.items())
     run: Counts = ()
     if ceilings.epsilon_per_run is not None:
@@ -241,30 +238,24 @@ def _refuse_over_budget(
         before, after = (_epsilon(counts, more, ceilings.delta) for more in ((), (rest,)))
         return Spending(before=before, after=after)
 
-    try:
-        check_budget(policy, life=spending(life), run=spending(run), alternative=None)
-    except RefusedError:
-        check_budget(policy, life=spending(life), run=spending(run), alternative=_alternative(job, policy, _cost(life)))
-        raise
+    check_budget(
+        policy,
+        life=spending(life),
+        run=spending(run),
+        alternative=lambda: _alternative(job.plan, policy, _cost(life)),
+    )
 
 
-def _alternative(job: TrainJob, policy: Policy, spent: RunningCost) -> str | None:
+def _alternative(plan: RoundPlan, policy: Policy, spent: RunningCost) -> str | None:
     """What would still fit below the ceiling for life, in words."""
-    ceiling, release, rest = policy.ceilings.epsilon, job.plan.release, _rest_of_run(job.plan)
+    ceiling, release, rest = policy.ceilings.epsilon, plan.release, plan.rest_of_run
     if ceiling is None or release is None or rest is None:
         return None
-    to_come = job.plan.num_rounds - job.plan.server_round + 1
+    to_come = plan.rounds_to_come
     more = affordable_rounds(spent, release, delta=policy.ceilings.delta, ceiling=ceiling, most=to_come)
     noisier = least_noise(spent, rest, delta=policy.ceilings.delta, ceiling=ceiling)
     with_noise = f", or all with noise_multiplier {noisier.noise_multiplier:.4g}" if noisier is not None else ""
     return f"Of the {to_come} round(s) to come, {more} would fit{with_noise}"
-
-
-def _rest_of_run(plan: RoundPlan) -> DpSgdRelease | None:
-    """This round and those after it as one release; None without privacy."""
-    if plan.release is None:
-        return None
-    return replace(plan.release, num_steps=plan.num_steps * (plan.num_rounds - plan.server_round + 1))
 
 
 @lru_cache(maxsize=256)  # simulated owners spend alike
@@ -276,8 +267,7 @@ def _epsilon(counts: Counts, more: tuple[Release | None, ...], delta: float) -> 
 def _cost(counts: Counts) -> RunningCost:
     cost = RunningCost()
     for release, count in counts:
-        for _ in range(count):
-            cost.add(release)
+        cost.add(release, times=count)
     return cost
 
 

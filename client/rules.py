@@ -1,7 +1,7 @@
 """Say no to what the owner's policy does not allow, from the request and the policy alone."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
@@ -96,13 +96,14 @@ def check_request(
     _check_weights(job)
 
 
-def check_budget(policy: Policy, *, life: Spending, run: Spending, alternative: str | None) -> None:
+def check_budget(policy: Policy, *, life: Spending, run: Spending, alternative: Callable[[], str | None]) -> None:
     """Return if the release asked for leaves epsilon within the policy's ceilings.
 
     Args:
         life: over all releases ever made from the data.
         run: over the releases of this run.
-        alternative: what would fit, such as "noise_multiplier 1.8 or 40 rounds would fit"; None where nothing would.
+        alternative: says what would fit, such as "noise_multiplier 1.8 or 40 rounds would fit", or None where nothing
+            would; asked only for a refusal, since finding it takes time.
     Guarantee:
         What is no number, or infinite, is above every ceiling.
     Raises:
@@ -119,7 +120,7 @@ def check_budget(policy: Policy, *, life: Spending, run: Spending, alternative: 
                 rule,
                 asked=f"epsilon {spending.after:.6g} ({spending.before:.6g} of it spent before)",
                 allowed=f"at most {ceiling:g} ({key}) at delta {policy.ceilings.delta:g}",
-                advice=f"{alternative}." if alternative else "Keep the last generator and stop.",
+                advice=f"{fitting}." if (fitting := alternative()) else "Keep the last generator and stop.",
             )
 
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from client.owner import KEY, LEDGER
 from client.policy import Ceilings, DpSgd, Limits, Policy
+from client.state import KEY, LEDGER
 from client.store.keys import OwnerKey
 from client.store.lifetime import LifetimeLedger
 

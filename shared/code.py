@@ -1,9 +1,11 @@
 """What program runs here: a hash of its source and the versions of what it stands on."""
 
 import hashlib
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 _PACKAGES = ("flwr", "opacus", "torch", "numpy", "numba", "dp-accounting")
 
@@ -21,6 +23,7 @@ def code_hash() -> str:
     return content.hexdigest()
 
 
-def versions() -> dict[str, str]:
+@lru_cache(maxsize=1)  # each is looked up on disk
+def versions() -> Mapping[str, str]:
     """Of the packages that decide what is computed, by name."""
-    return {name: version(name) for name in _PACKAGES}
+    return MappingProxyType({name: version(name) for name in _PACKAGES})

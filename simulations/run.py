@@ -11,9 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from client.owner import LEDGER
 from client.policy import DpSgd
 from client.setup import begin_ledger, simulated_policy
+from client.state import LEDGER
 from client.store.lifetime import LifetimeLedger
 from server.checkpoints import read_state
 from server.plan import FederationPlan

@@ -47,12 +47,12 @@ class RunningCost:
         self._built: _Built | None = None
         self._known: dict[float, float] = {}
 
-    def add(self, release: Release | None) -> None:
-        """Add a release; None is one without privacy, and makes the price infinite from then on."""
+    def add(self, release: Release | None, *, times: int = 1) -> None:
+        """Add a release, ``times`` times; None is one without privacy, and makes the price infinite from then on."""
         if release is None:
             self._is_private = False
         else:
-            self._steps.update(steps_of([release]))
+            self._steps.update({step: times * count for step, count in steps_of([release]).items()})
         self._known.clear()
 
     def epsilon(self, delta: float) -> float:

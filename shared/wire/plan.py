@@ -1,6 +1,6 @@
 """The terms of one round, as the server asks and the owner trains."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from shared.errors import InputError
@@ -73,6 +73,22 @@ class RoundPlan:
                 f"round {self.server_round} plans (steps, sample rate, max_users) {planned} but its release"
                 f" prices {priced}. They must be equal: what runs is what is charged."
             )
+
+    @property
+    def rounds_to_come(self) -> int:
+        """This round and those after it."""
+        return self.num_rounds - self.server_round + 1
+
+    @property
+    def rest_of_run(self) -> DpSgdRelease | None:
+        """What they release together; None without privacy.
+
+        Raises:
+            InputError: more steps than a release can have.
+        """
+        if self.release is None:
+            return None
+        return replace(self.release, num_steps=self.num_steps * self.rounds_to_come)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
