@@ -76,22 +76,13 @@ class BookKeepingDpSgd(DpSgd):
     """By the rules of :mod:`shared.dpsgd.rules`: one backward pass, no gradient per user."""
 
     def _prepare(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, chance: Chance
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, terms: dict[str, float], chance: Chance
     ) -> DPOptimizer:
         self._rules = attach(module)
-        self._max_grad_norm = max_grad_norm
-        self._wrapped = BookKeepingOptimizer(
-            optimizer,
-            rules=self._rules,
-            chance=chance,
-            noise_multiplier=self._release.noise_multiplier,
-            max_grad_norm=max_grad_norm,
-            expected_batch_size=self._release.expected_batch,
-        )
-        return self._wrapped
+        return BookKeepingOptimizer(optimizer, rules=self._rules, chance=chance, **terms)
 
     def _backward(self, users: Users, losses: Callable[[Any], Tensor]) -> Tensor:
-        self._wrapped.zero_grad()
+        self._optimizer.zero_grad()
         if not len(users):
             return torch.zeros(0)
         with watching(self._rules):
@@ -122,7 +113,7 @@ class BookKeepingDpSgd(DpSgd):
                 rule.drop(keep)
             norms = _norms(used, counted)
             counted = counted[keep]
-        self._wrapped.clip_by((self._max_grad_norm / (norms + 1e-6)).clamp(max=1.0))
+        self._optimizer.clip_by((self._optimizer.max_grad_norm / (norms + 1e-6)).clamp(max=1.0))
         return counted
 
 

@@ -58,7 +58,12 @@ class DpSgd(ABC):
         self._release = release
         self._num_steps = 0
         self._accountant = PRVAccountant()
-        self._optimizer = self._prepare(module, optimizer, max_grad_norm, chance)
+        terms = {
+            "noise_multiplier": release.noise_multiplier,
+            "max_grad_norm": max_grad_norm,
+            "expected_batch_size": release.expected_batch,
+        }
+        self._optimizer = self._prepare(module, optimizer, terms, chance)
         self._optimizer.attach_step_hook(self._accountant.get_optimizer_hook_fn(release.sample_rate))
 
     def step(
@@ -106,9 +111,9 @@ class DpSgd(ABC):
 
     @abstractmethod
     def _prepare(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, chance: Chance
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, terms: dict[str, float], chance: Chance
     ) -> DPOptimizer:
-        """Make ``module`` ready and wrap ``optimizer``."""
+        """Make ``module`` ready and wrap ``optimizer``, whose Opacus twin takes ``terms``."""
 
     @abstractmethod
     def _backward(self, users: Users, losses: Callable[[Any], Tensor]) -> Tensor:

@@ -38,25 +38,20 @@ class HooksDpSgd(DpSgd):
     """By forming every user's gradient: memory of the batch times the parameters."""
 
     def _prepare(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, chance: Chance
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, terms: dict[str, float], chance: Chance
     ) -> DPOptimizer:
         refuse_mixed_users(module)
         self._padded = _padded_embeddings(module)
         self._hooked = GradSampleModule(module, loss_reduction="sum")
         self._hooked.train()
         self._hooked.disable_hooks()
-        self._wrapped = _HooksOptimizer(
-            optimizer,
-            noise_multiplier=self._release.noise_multiplier,
-            max_grad_norm=max_grad_norm,
-            expected_batch_size=self._release.expected_batch,
-        )
-        self._wrapped.chance, self._wrapped.padded = chance, self._padded
-        return self._wrapped
+        wrapped = _HooksOptimizer(optimizer, **terms)
+        wrapped.chance, wrapped.padded = chance, self._padded
+        return wrapped
 
     def _backward(self, users: Users, losses: Callable[[Any], Tensor]) -> Tensor:
         counted = torch.zeros(0)
-        self._wrapped.zero_grad()
+        self._optimizer.zero_grad()
         if len(users):
             with _recording(self._hooked):
                 counted = one_per_user(losses(users), users)
@@ -65,16 +60,16 @@ class HooksDpSgd(DpSgd):
                 self._hooked, counted, lambda _, parameter: 0 if parameter.grad_sample is None else math.inf
             )
         counted = counted.detach()
-        for parameter in self._wrapped.params:
+        for parameter in self._optimizer.params:
             if parameter.grad_sample is None:  # a layer that the losses did not use
                 parameter.grad_sample = torch.zeros(len(users), *parameter.shape).to(parameter)
         for layer in self._padded:
             formed: Tensor = layer.weight.grad_sample  # type: ignore[attr-defined]
             formed[:, layer.padding_idx] = 0.0
-        flat = [parameter.grad_sample.reshape(len(users), parameter.numel()) for parameter in self._wrapped.params]
+        flat = [parameter.grad_sample.reshape(len(users), parameter.numel()) for parameter in self._optimizer.params]
         norms = torch.stack([rows.norm(dim=1) for rows in flat]).norm(dim=0)
         keep = torch.isfinite(counted) & (norms <= LARGEST_NORM)
-        for parameter in self._wrapped.params:
+        for parameter in self._optimizer.params:
             parameter.grad_sample[~keep] = 0.0
         return counted[keep]
 
@@ -88,7 +83,7 @@ class GhostDpSgd(DpSgd):
     """
 
     def _prepare(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, chance: Chance
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, terms: dict[str, float], chance: Chance
     ) -> DPOptimizer:
         refuse_mixed_users(module)
         if _padded_embeddings(module):
@@ -97,21 +92,16 @@ class GhostDpSgd(DpSgd):
                 " 'hooks'."
             )
         self._hooked = GradSampleModuleFastGradientClipping(
-            module, max_grad_norm=max_grad_norm, use_ghost_clipping=True, loss_reduction="sum"
+            module, max_grad_norm=terms["max_grad_norm"], use_ghost_clipping=True, loss_reduction="sum"
         )
         self._hooked.train()
         self._hooked.disable_hooks()
-        self._wrapped = _GhostOptimizer(
-            optimizer,
-            noise_multiplier=self._release.noise_multiplier,
-            max_grad_norm=max_grad_norm,
-            expected_batch_size=self._release.expected_batch,
-        )
-        self._wrapped.chance, self._wrapped.padded = chance, []
-        return self._wrapped
+        wrapped = _GhostOptimizer(optimizer, **terms)
+        wrapped.chance, wrapped.padded = chance, []
+        return wrapped
 
     def _backward(self, users: Users, losses: Callable[[Any], Tensor]) -> Tensor:
-        self._wrapped.zero_grad()
+        self._optimizer.zero_grad()
         counted = torch.zeros(0)
         while len(users):
             counted, coefficients = self._forward(users, losses)
@@ -122,14 +112,14 @@ class GhostDpSgd(DpSgd):
             # Clipping cannot mend infinity times zero: the others are computed anew, without these users. That draws
             # new latents, which may overflow for one more; every turn leaves fewer users, so it ends.
             users, counted = users[keep], counted[:0]
-        for parameter in self._wrapped.params:
+        for parameter in self._optimizer.params:
             if parameter.grad is None:  # nobody is left, or a layer that the losses did not use
                 parameter.grad = torch.zeros_like(parameter)
         return counted.detach()
 
     def _forward(self, users: Users, losses: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
         """Losses with their graph, and the factor that clips each user's gradient; no number where there is none."""
-        unused = {parameter: torch.zeros(len(users)).to(parameter) for parameter in self._wrapped.params}
+        unused = {parameter: torch.zeros(len(users)).to(parameter) for parameter in self._optimizer.params}
         for parameter, zeros in unused.items():
             parameter._norm_sample = zeros
         with _recording(self._hooked):
@@ -149,7 +139,7 @@ class GhostDpSgd(DpSgd):
         coefficients = self._hooked.get_clipping_coef()
         for parameter in unused:
             parameter._norm_sample = None  # private; a pickled module would hold it
-        self._wrapped.zero_grad()
+        self._optimizer.zero_grad()
         # A norm that overflows gives the factor 0, and zero times infinity is no number: such a user must go.
         return counted, torch.where(norms <= LARGEST_NORM, coefficients, torch.nan)
 

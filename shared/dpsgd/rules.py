@@ -31,6 +31,7 @@ class Rule(ABC):
         self.name = name
         self.module = module
         self.anchor: Tensor = next(module.parameters())
+        self._products: tuple[Products, ...] = ()
         self.clear()
 
     def clear(self) -> None:
@@ -38,6 +39,9 @@ class Rule(ABC):
         self._called = False
         self._inputs: tuple[Tensor, ...] = ()
         self._gradient: Tensor | None = None
+        self._sums: tuple[Tensor, ...] = ()
+        for products in self._products:
+            products.clear()
 
     @property
     def recorded(self) -> bool:
@@ -130,12 +134,8 @@ class LinearRule(Rule):
 
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__(name, module)
-        self._products = Products(self.module.weight, self.module.bias, float(getattr(module, "bias_scale", 1.0)))
-
-    def clear(self) -> None:
-        super().clear()
-        if hasattr(self, "_products"):
-            self._products.clear()
+        scale = float(getattr(module, "bias_scale", 1.0))
+        self._products = (Products(self.module.weight, self.module.bias, scale),)
 
     def compute(self, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return type(self.module).forward(self.module, *inputs), inputs
@@ -146,11 +146,11 @@ class LinearRule(Rule):
 
     def squared_norms(self) -> Tensor:
         assert self._gradient is not None
-        return self._products.squared_norms(_places(self._inputs[0]), _places(self._gradient))
+        return self._products[0].squared_norms(_places(self._inputs[0]), _places(self._gradient))
 
     def add_clipped(self, factors: Tensor) -> None:
         assert self._gradient is not None
-        self._products.add_clipped(_places(self._inputs[0]), _places(self._gradient), factors)
+        self._products[0].add_clipped(_places(self._inputs[0]), _places(self._gradient), factors)
 
 
 class SparseBagRule(Rule):
@@ -234,14 +234,16 @@ class EmbeddingRule(Rule):
         group = begins.cumsum(0) - 1
         # Kept, since these sums and no others are added later: places that cancel would round to another sum there, of
         # a size that no norm knows, and wash out the noise of their row.
-        self._sums = torch.zeros_like(rows).index_add_(0, group, rows)
-        self._of_ids = torch.zeros_like(ids).scatter_(0, group, ids)
-        self._of_users = torch.zeros_like(users).scatter_(0, group, users)
+        sums = torch.zeros_like(rows).index_add_(0, group, rows)
+        of_ids = torch.zeros_like(ids).scatter_(0, group, ids)
+        of_users = torch.zeros_like(users).scatter_(0, group, users)
+        self._sums = sums, of_ids, of_users
         norms = torch.zeros(self.num_users, dtype=rows.dtype, device=rows.device)
-        return norms.index_add_(0, self._of_users, squared_rows(self._sums))
+        return norms.index_add_(0, of_users, squared_rows(sums))
 
     def add_clipped(self, factors: Tensor) -> None:
-        _grad(self.module.weight).index_add_(0, self._of_ids, self._sums * factors[self._of_users][:, None])
+        sums, of_ids, of_users = self._sums
+        _grad(self.module.weight).index_add_(0, of_ids, sums * factors[of_users][:, None])
 
     def erase_noise(self) -> None:
         if self.module.padding_idx is not None:
@@ -285,17 +287,14 @@ class LayerNormRule(Rule):
         values, mean, rstd = self._inputs
         size = self.module.weight.numel()
         scales = ((values - mean) * rstd).mul_(self._gradient)
-        self._of_weight = scales.reshape(self.num_users, -1, size).sum(1)
-        squares = squared_rows(self._of_weight)
+        self._sums = (scales.reshape(self.num_users, -1, size).sum(1),)
         if self.module.bias is not None:
-            self._of_bias = self._gradient.reshape(self.num_users, -1, size).sum(1)
-            squares = squares + squared_rows(self._of_bias)
-        return squares
+            self._sums += (self._gradient.reshape(self.num_users, -1, size).sum(1),)
+        return torch.stack([squared_rows(sums) for sums in self._sums]).sum(0)
 
     def add_clipped(self, factors: Tensor) -> None:
-        _grad(self.module.weight).view(-1).addmv_(self._of_weight.t(), factors)
-        if self.module.bias is not None:
-            _grad(self.module.bias).view(-1).addmv_(self._of_bias.t(), factors)
+        for parameter, sums in zip((self.module.weight, self.module.bias), self._sums, strict=False):
+            _grad(parameter).view(-1).addmv_(sums.t(), factors)
 
 
 class GRURule(Rule):
@@ -306,14 +305,10 @@ class GRURule(Rule):
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__(name, module)
         cell = self.module
-        self._from_inputs = Products(cell.weight_ih_l0, cell.bias_ih_l0)
-        self._from_states = Products(cell.weight_hh_l0, cell.bias_hh_l0)
-
-    def clear(self) -> None:
-        super().clear()
-        if hasattr(self, "_from_states"):
-            self._from_inputs.clear()
-            self._from_states.clear()
+        self._products = (
+            Products(cell.weight_ih_l0, cell.bias_ih_l0),
+            Products(cell.weight_hh_l0, cell.bias_hh_l0),
+        )
 
     def compute(self, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         cell, size = self.module, self.module.hidden_size
@@ -362,15 +357,15 @@ class GRURule(Rule):
     def squared_norms(self) -> Tensor:
         assert self._gradient is not None
         values, before, into_states = self._inputs
-        return self._from_inputs.squared_norms(values, self._gradient) + self._from_states.squared_norms(
-            before, into_states
-        )
+        from_inputs, from_states = self._products
+        return from_inputs.squared_norms(values, self._gradient) + from_states.squared_norms(before, into_states)
 
     def add_clipped(self, factors: Tensor) -> None:
         assert self._gradient is not None
         values, before, into_states = self._inputs
-        self._from_inputs.add_clipped(values, self._gradient, factors)
-        self._from_states.add_clipped(before, into_states, factors)
+        from_inputs, from_states = self._products
+        from_inputs.add_clipped(values, self._gradient, factors)
+        from_states.add_clipped(before, into_states, factors)
 
     def formed(self) -> dict[Tensor, Tensor]:
         """Each parameter's gradient for each user, ``(num_users, *parameter.shape)``: for engines that need them."""

@@ -12,7 +12,7 @@ from tests.shared.dpsgd import checks
 class NoClip(BookKeepingDpSgd):
     def _clip(self, counted):
         counted = super()._clip(counted)
-        self._wrapped.clip_by(torch.ones_like(counted))
+        self._optimizer.clip_by(torch.ones_like(counted))
         return counted
 
 
@@ -22,10 +22,10 @@ class ClipsEachLayer(BookKeepingDpSgd):
     def _clip(self, counted):
         counted = super()._clip(counted)
         for rule in self._rules:
-            factors = (self._max_grad_norm / rule.squared_norms().sqrt()).clamp(max=1.0)
+            factors = (self._optimizer.max_grad_norm / rule.squared_norms().sqrt()).clamp(max=1.0)
             rule._gradient = rule._gradient * factors[:, None]
             rule.squared_norms()
-        self._wrapped.clip_by(torch.ones_like(counted))
+        self._optimizer.clip_by(torch.ones_like(counted))
         return counted
 
 
@@ -34,12 +34,12 @@ class ClipsTheMean(BookKeepingDpSgd):
 
     def _clip(self, counted):
         counted = super()._clip(counted)
-        for parameter in self._wrapped.params:
+        for parameter in self._optimizer.params:
             parameter.grad = torch.zeros_like(parameter)
         for rule in self._rules:
             rule.add_clipped(torch.ones_like(counted))
-        total = torch.cat([parameter.grad.ravel() for parameter in self._wrapped.params]).norm()
-        self._wrapped.clip_by((self._max_grad_norm / total).clamp(max=1.0).expand(len(counted)))
+        total = torch.cat([parameter.grad.ravel() for parameter in self._optimizer.params]).norm()
+        self._optimizer.clip_by((self._optimizer.max_grad_norm / total).clamp(max=1.0).expand(len(counted)))
         return counted
 
 
@@ -49,7 +49,7 @@ class Normalises(BookKeepingDpSgd):
     def _clip(self, counted):
         counted = super()._clip(counted)
         norms = sum(rule.squared_norms() for rule in self._rules if rule.recorded).sqrt()
-        self._wrapped.clip_by(self._max_grad_norm / norms)
+        self._optimizer.clip_by(self._optimizer.max_grad_norm / norms)
         return counted
 
 
@@ -74,14 +74,14 @@ class AsManyFakesAsUsers(WithFakes):
 class MeanOfTheBatch(BookKeepingDpSgd):
     def _clip(self, counted):
         counted = super()._clip(counted)
-        self._wrapped.clip_by(self._wrapped._factors * self._release.expected_batch / len(counted))
+        self._optimizer.clip_by(self._optimizer._factors * self._release.expected_batch / len(counted))
         return counted
 
 
 class NoiseOncePerRelease(BookKeepingDpSgd):
     def step(self, users, losses, **options):
         if self._num_steps:
-            self._wrapped._chance = Scaled(0.0)
+            self._optimizer._chance = Scaled(0.0)
         return super().step(users, losses, **options)
 
 
@@ -120,7 +120,7 @@ class NoNoiseOnWhatIsUnused(BookKeepingDpSgd):
 
 class TheSameNoiseEveryStep(BookKeepingDpSgd):
     def step(self, users, losses, **options):
-        self._wrapped._chance = Chance.seeded(7)
+        self._optimizer._chance = Chance.seeded(7)
         return super().step(users, losses, **options)
 
 
@@ -142,7 +142,7 @@ class Repeating(Chance):
 class KeepsWhoIsNotFinite(BookKeepingDpSgd):
     def _clip(self, counted):
         norms = sum(rule.squared_norms() for rule in self._rules if rule.recorded).sqrt()
-        self._wrapped.clip_by((self._max_grad_norm / (norms + 1e-6)).clamp(max=1.0))
+        self._optimizer.clip_by((self._optimizer.max_grad_norm / (norms + 1e-6)).clamp(max=1.0))
         return counted
 
 
@@ -174,11 +174,11 @@ class NoisesTheWeights(BookKeepingDpSgd):
     """Adds the noise after the optimizer, whose memory then is of plain sums."""
 
     def step(self, users, losses, **options):
-        secret, self._wrapped._chance = self._wrapped._chance, Scaled(0.0)
+        secret, self._optimizer._chance = self._optimizer._chance, Scaled(0.0)
         counted = super().step(users, losses, **options)
-        self._wrapped._chance = secret
-        stddev = self._release.noise_multiplier * self._max_grad_norm / self._release.expected_batch
-        for parameter in self._wrapped.params:
+        self._optimizer._chance = secret
+        stddev = self._release.noise_multiplier * self._optimizer.max_grad_norm / self._release.expected_batch
+        for parameter in self._optimizer.params:
             noise = torch.empty_like(parameter)
             secret.fill_normal(noise, stddev=stddev)
             parameter.data.sub_(noise)
