@@ -33,7 +33,8 @@ from shared.dpsgd.bags import Bags
 from shared.dpsgd.chance import Chance
 from shared.dpsgd.engines import build_engine
 from shared.dpsgd.layers import GRU
-from shared.generators.multvae import GeneratorSpec, MultVAE, initial_weights, model_from
+from shared.generators.family import initial_weights, model_from
+from shared.generators.multvae import MultVAE, VaeSpec
 from shared.privacy.releases import DpSgdRelease
 from shared.rng import stream
 
@@ -167,7 +168,7 @@ def _adam(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _vae_step(num_items: int, batch: int, hidden: int, variant: str, histories: Bags | None = None) -> Step:
-    spec = GeneratorSpec(
+    spec = VaeSpec(
         num_items=num_items,
         hidden_size=hidden,
         latent_size=200,
@@ -193,7 +194,7 @@ def _vae_step(num_items: int, batch: int, hidden: int, variant: str, histories: 
     # Not drawn, as drawing 120 million weights would be the peak of memory.
     model = (MultVAE(spec) if num_items >= 100_000 else model_from(spec, initial_weights(spec, 0))).to(DEVICE)
     histories = histories.to(DEVICE)
-    losses = partial(model.loss, kl_weight=0.2, chance=Chance.secret())
+    losses = partial(model.loss, share_done=1.0, chance=Chance.secret())
     if variant == "sparse":
         return _plain_step(model, lambda: losses(histories))
     take = _private(variant, model, _adam(model), batch)

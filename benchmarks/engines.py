@@ -20,7 +20,7 @@ from client.setup import begin_ledger, simulated_policy
 from server.checkpoints import read_state
 from server.plan import FederationPlan
 from shared.data.histories import Histories
-from shared.generators.multvae import GeneratorSpec
+from shared.generators.multvae import VaeSpec
 from shared.privacy.releases import DpSgdRelease
 from shared.rng import stream
 from shared.wire.plan import RoundPlan
@@ -107,7 +107,7 @@ def _prepare(run_dir: Path, num_owners: int, num_rounds: int) -> None:
     FederationPlan(
         run_id="benchmark",
         seed=0,
-        spec=GeneratorSpec(
+        spec=VaeSpec(
             num_items=NUM_ITEMS,
             hidden_size=200,
             latent_size=64,

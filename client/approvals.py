@@ -11,7 +11,7 @@ from client.policy import Policy
 from client.rules import Refusal, mib_of, num_weights, shown
 from shared.errors import InputError
 from shared.files import finite, sha256, write_atomically, write_json
-from shared.generators.multvae import GeneratorSpec
+from shared.generators.family import GeneratorSpec, spec_from_dict
 from shared.privacy.releases import DpSgdRelease
 from shared.wire.messages import TrainJob
 from shared.wire.plan import RoundPlan
@@ -102,7 +102,9 @@ class Proposal:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        values: dict[str, Any] = finite({**asdict(self), "first_seen": self.first_seen.isoformat()})
+        values: dict[str, Any] = finite(
+            {**asdict(self), "spec": self.spec.to_dict(), "first_seen": self.first_seen.isoformat()}
+        )
         return values
 
     @classmethod
@@ -111,7 +113,7 @@ class Proposal:
         numbers = {name: float(values[name]) for name in ("delta", "epsilon_of_run", "epsilon_after")}
         read = {
             "plan": RoundPlan.from_dict(values["plan"]),
-            "spec": GeneratorSpec.from_dict(values["spec"]),
+            "spec": spec_from_dict(values["spec"]),
             "first_seen": datetime.fromisoformat(values["first_seen"]),
         }
         return cls(**{**values, **read, **numbers})

@@ -7,8 +7,9 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, RecordDict
 
-from client.rules import Refusal, declared_shapes
+from client.rules import Refusal
 from shared.errors import FedAugError, InputError, RefusedError
+from shared.generators.family import travelling_shapes
 from shared.wire.messages import OwnerFailed, TrainJob, TrainReply
 
 # Written out here although shared.wire.messages has them too: what leaves is to be changed in two places, or not.
@@ -73,7 +74,7 @@ def public_words(error: Exception, *, simulated: bool) -> FedAugError:
 
 
 def _check_arrays(reply: TrainReply, job: TrainJob) -> None:
-    declared = declared_shapes(job.spec)
+    declared = travelling_shapes(job.spec)
     undeclared, missing = set(reply.weights) - set(declared), set(declared) - set(reply.weights)
     if undeclared or missing:
         raise EgressError(f"holds {len(undeclared)} undeclared array(s) and lacks {len(missing)}")

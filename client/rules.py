@@ -1,19 +1,17 @@
 """Say no to what the owner's policy does not allow, from the request and the policy alone."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
-from functools import lru_cache
 from math import prod
 from typing import Literal
 
 import numpy as np
-import torch
 
 from client.policy import Policy
 from shared.errors import BudgetExceeded, RefusedError
-from shared.generators.multvae import GeneratorSpec, MultVAE
+from shared.generators.family import GeneratorSpec, travelling_shapes
 from shared.wire.messages import TrainJob
 
 Rule = Literal[
@@ -124,16 +122,9 @@ def check_budget(policy: Policy, *, life: Spending, run: Spending, alternative: 
             )
 
 
-@lru_cache(maxsize=16)
-def declared_shapes(spec: GeneratorSpec) -> Mapping[str, tuple[int, ...]]:
-    """Names and shapes of a generator's weights, in their order; nothing of their size is allocated."""
-    with torch.device("meta"):
-        return {name: tuple(value.shape) for name, value in MultVAE(spec).state_dict().items()}
-
-
 def num_weights(spec: GeneratorSpec) -> int:
     """Numbers in a generator."""
-    return sum(map(prod, declared_shapes(spec).values()))
+    return sum(map(prod, travelling_shapes(spec).values()))
 
 
 def mib_of(num_weights: int) -> float:
@@ -264,7 +255,7 @@ def _check_release(job: TrainJob, policy: Policy) -> None:
 
 
 def _check_weights(job: TrainJob) -> None:
-    declared = {name: f"float32 {shape}" for name, shape in declared_shapes(job.spec).items()}
+    declared = {name: f"float32 {shape}" for name, shape in travelling_shapes(job.spec).items()}
     given = {name: f"{values.dtype} {values.shape}" for name, values in job.weights.items()}
     for name in [*declared, *given]:
         if declared.get(name) != given.get(name):

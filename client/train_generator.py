@@ -11,12 +11,13 @@ import torch
 from shared.config import EngineName
 from shared.data.histories import Histories
 from shared.devices import choose_device
-from shared.dpsgd.bags import Bags
 from shared.dpsgd.chance import Chance
+from shared.dpsgd.engine import Users
 from shared.dpsgd.engines import build_engine
 from shared.dpsgd.sampling import draw_users
 from shared.errors import InputError
-from shared.generators.multvae import GeneratorSpec, MultVAE, Weights, kl_weight_at, model_from
+from shared.generators.base import GeneratorModel, Weights
+from shared.generators.family import GeneratorSpec, model_from
 from shared.privacy.releases import DpSgdRelease
 from shared.wire.plan import RoundPlan
 
@@ -68,10 +69,10 @@ def train_generator(
         trainer = _Trainer(model, plan, engine, chance=_chance(noise_seed, owner, "noise", plan.server_round))
         sampling = _chance(noise_seed, owner, "sampling", plan.server_round)
         drawing = _chance(noise_seed, owner, "latent", plan.server_round)
-        matrix, losses = histories.to_csr(), []
+        encoded, losses = model.encode(histories), []
         for step in range(plan.num_steps):
             done = (plan.server_round - 1) * plan.num_steps + step
-            kl_weight = kl_weight_at(spec, share_done=done / (plan.num_rounds * plan.num_steps))
+            share_done = done / (plan.num_rounds * plan.num_steps)
             drawn = draw_users(
                 histories.num_users,
                 sample_rate=plan.sample_rate,
@@ -79,8 +80,8 @@ def train_generator(
                 max_users=plan.max_users,
                 chance=sampling,
             )
-            users = Bags.from_rows(matrix, drawn).to(place)
-            losses.append(trainer.step(users, partial(model.loss, kl_weight=kl_weight, chance=drawing)))
+            users = encoded.batch(drawn).to(place)
+            losses.append(trainer.step(users, partial(model.loss, share_done=share_done, chance=drawing)))
         trained = {name: value.detach().cpu().numpy().copy() for name, value in model.state_dict().items()}
     if not all(np.isfinite(value).all() for value in trained.values()):
         raise InputError(
@@ -95,7 +96,7 @@ def train_generator(
 class _Trainer:
     """SGD steps, private where the plan has a release."""
 
-    def __init__(self, model: MultVAE, plan: RoundPlan, engine: EngineName, *, chance: Chance) -> None:
+    def __init__(self, model: GeneratorModel, plan: RoundPlan, engine: EngineName, *, chance: Chance) -> None:
         self._plan = plan
         self._received = [(p, p.detach().clone()) for p in model.parameters()] if plan.proximal_mu else []
         self._optimizer = torch.optim.SGD(model.parameters(), lr=plan.learning_rate)
@@ -105,7 +106,7 @@ class _Trainer:
             else None
         )
 
-    def step(self, users: Bags, losses: Callable[[Bags], torch.Tensor]) -> torch.Tensor:
+    def step(self, users: Users, losses: Callable[[Users], torch.Tensor]) -> torch.Tensor:
         if self._private is not None:
             return self._private.step(users, losses, after_noise=self._pull)
         self._optimizer.zero_grad()

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from shared.errors import InputError
 from shared.files import sha256, write_atomically
-from shared.generators.multvae import Weights
+from shared.generators.base import Weights
 
 # One to go on from, and two to fall back to where the disk lost the newest.
 _KEPT_ROUNDS = 3

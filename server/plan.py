@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from shared.errors import InputError
 from shared.files import sha256, write_atomically
-from shared.generators.multvae import GeneratorSpec
+from shared.generators.family import GeneratorSpec, spec_from_dict
 from shared.wire.plan import RoundPlan
 
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedprox")
@@ -78,10 +78,13 @@ class FederationPlan:
     def digest(self) -> str:
         """SHA-256 of what decides the weights; a checkpoint of another plan must not be continued."""
         waiting = {"min_owners", "deadline_seconds"}
-        return sha256(_dump({name: value for name, value in asdict(self).items() if name not in waiting}).encode())
+        return sha256(_dump({name: value for name, value in self._values().items() if name not in waiting}).encode())
+
+    def _values(self) -> dict[str, Any]:
+        return {**asdict(self), "spec": self.spec.to_dict(), "terms": self.terms.to_dict()}
 
     def save(self, run_dir: Path) -> None:
-        write_atomically(run_dir / "plan.json", _dump(asdict(self)).encode())
+        write_atomically(run_dir / "plan.json", _dump(self._values()).encode())
 
     @classmethod
     def load(cls, run_dir: Path) -> Self:
@@ -93,7 +96,7 @@ class FederationPlan:
         path = run_dir / "plan.json"
         try:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            values["spec"] = GeneratorSpec.from_dict(values["spec"])
+            values["spec"] = spec_from_dict(values["spec"])
             values["terms"] = RoundPlan.from_dict(values["terms"])
             values["owners"] = tuple(values["owners"])
             return cls(**values)

@@ -8,7 +8,7 @@ from flwr.app import Message, MetricRecord, RecordDict
 from server.plan import FederationPlan
 from server.strategies import PUBLIC_WEIGHT
 from shared.errors import InputError, RefusedError
-from shared.generators.multvae import Weights
+from shared.generators.base import Weights
 from shared.wire.messages import WEIGHTS, OwnerFailed, TrainReply
 
 

@@ -19,7 +19,8 @@ from server.receipts import keep_receipts
 from server.replies import for_strategy, read_replies
 from server.strategies import build_strategy, restore, strategy_state, to_float32
 from shared.errors import InputError
-from shared.generators.multvae import Weights, initial_weights
+from shared.generators.base import Weights
+from shared.generators.family import initial_weights
 from shared.wire.messages import TrainJob, TrainReply
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from shared.config import Scenario
 from shared.errors import InputError
-from shared.generators.multvae import GeneratorSpec
+from shared.generators.family import GeneratorSpec
+from shared.generators.multvae import VaeSpec
 from shared.privacy.accounting import certified_epsilon, default_delta
 from shared.privacy.calibration import calibrate, default_max_batch
 from shared.privacy.releases import DpSgdRelease
@@ -132,7 +133,7 @@ def first_round(scenario: Scenario, price: Price, *, private: bool) -> RoundPlan
 
 def spec_of(scenario: Scenario, num_items: int) -> GeneratorSpec:
     """The generator that ``scenario`` asks for, over a catalogue of ``num_items``."""
-    return GeneratorSpec(num_items=num_items, **scenario.generator.model_dump(exclude={"kind"}))
+    return VaeSpec(num_items=num_items, **scenario.generator.model_dump(exclude={"kind"}))
 
 
 def _round_up(number: int) -> int:

@@ -7,7 +7,8 @@ from client.policy import Policy
 from client.setup import begin_ledger, simulated_policy
 from server.plan import FederationPlan
 from shared.data.histories import Histories
-from shared.generators.multvae import GeneratorSpec, initial_weights
+from shared.generators.family import initial_weights
+from shared.generators.multvae import VaeSpec
 from shared.privacy.releases import DpSgdRelease
 from shared.rng import stream
 from shared.wire.messages import TrainJob
@@ -16,7 +17,7 @@ from shared.wire.plan import RoundPlan
 NUM_ITEMS = 12
 DELTA = 1e-3
 CATALOGUE = "catalogue-of-twelve"
-SPEC = GeneratorSpec(
+SPEC = VaeSpec(
     num_items=NUM_ITEMS,
     hidden_size=6,
     latent_size=3,

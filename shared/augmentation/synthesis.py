@@ -1,19 +1,15 @@
 """Draw users from a generator's prior."""
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from shared.data.histories import Histories
 from shared.errors import InputError
-from shared.generators.multvae import MultVAE
+from shared.generators.base import GeneratorModel
 from shared.rng import stream, torch_stream
-
-_USERS_AT_ONCE = 512
 
 
 def synthesise_users(
-    model: MultVAE, *, num_users: int, items_per_user: int, max_items_per_user: int, seed: int
+    model: GeneratorModel, *, num_users: int, items_per_user: int, max_items_per_user: int, seed: int
 ) -> Histories:
     """Histories of users who never existed.
 
@@ -36,15 +32,4 @@ def synthesise_users(
         )
     longest = min(max_items_per_user, model.spec.num_items)
     lengths = np.minimum(stream(seed, "lengths").geometric(1.0 / items_per_user, num_users), longest)
-    drawing = torch_stream(seed, "synthesis")
-    parts: list[npt.NDArray[np.int32]] = []
-    for start in range(0, num_users, _USERS_AT_ONCE):
-        wanted = lengths[start : start + _USERS_AT_ONCE]
-        with torch.no_grad():
-            logits = model.decode(model.sample_latent(len(wanted), generator=drawing))
-            # The largest of logits plus Gumbel noise are draws without replacement
-            # (Kool et al. 2019, arXiv:1903.06059).
-            gumbel = -torch.log(-torch.log(torch.rand(logits.shape, generator=drawing).clamp(min=1e-20)))
-            ranked = torch.topk(logits + gumbel, int(wanted.max()), dim=1).indices.numpy().astype(np.int32)
-        parts.extend(row[:length] for row, length in zip(ranked, wanted, strict=True))
-    return Histories.from_rows(parts, model.spec.num_items)
+    return model.draw(lengths, generator=torch_stream(seed, "synthesis"))

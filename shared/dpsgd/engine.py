@@ -24,6 +24,8 @@ class Users(Protocol):
 
     def __getitem__(self, kept: Tensor, /) -> Self: ...
 
+    def to(self, device: torch.device) -> Self: ...
+
 
 class DpSgd(ABC):
     """Clips each user's gradient, sums, adds noise, divides by a public number, and moves the weights.

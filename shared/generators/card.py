@@ -13,7 +13,8 @@ from safetensors.numpy import save as save_tensors
 
 from shared.errors import InputError
 from shared.files import write_atomically, write_json
-from shared.generators.multvae import GeneratorSpec, MultVAE, Weights, model_from
+from shared.generators.base import GeneratorModel, Weights
+from shared.generators.family import GeneratorSpec, model_from, spec_from_dict
 from shared.privacy.noise import LOCAL_NOISE
 
 _FORMAT = 1
@@ -59,7 +60,7 @@ class GeneratorCard:
 class Generator:
     """A trained model, its card, its identity and the public items it speaks of."""
 
-    model: MultVAE
+    model: GeneratorModel
     card: GeneratorCard
     generator_id: str
     item_ids: tuple[str, ...]
@@ -113,7 +114,7 @@ def load_generator(directory: Path) -> Generator:
             raise InputError(f"{directory}: card format {stored['format']}, this version reads {_FORMAT}.")
         privacy = stored["privacy"]
         card = GeneratorCard(
-            spec=GeneratorSpec.from_dict(stored["spec"]),
+            spec=spec_from_dict(stored["spec"]),
             catalogue=stored["catalogue"],
             epsilon=float(privacy["epsilon"]),
             delta=float(privacy["delta"]),

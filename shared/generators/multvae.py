@@ -1,66 +1,51 @@
 """A variational autoencoder of user histories with a multinomial likelihood and a learnt prior."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from shared.data.histories import Histories
 from shared.dpsgd.bags import Bags
 from shared.dpsgd.chance import Chance
 from shared.dpsgd.layers import ScaledBiasLinear, SparseBag
-from shared.errors import InputError
+from shared.generators.bags import EncodedBags, draw_bags
+from shared.generators.base import GeneratorModel, IntArray, Spec
 from shared.generators.likelihood import multinomial_log_likelihood
-from shared.rng import torch_stream
 
-Weights = dict[str, npt.NDArray[np.float32]]
-
-# An owner builds what a server asks for, so sizes have an end.
-_LARGEST = {"num_items": 10_000_000, "hidden_size": 10_000, "latent_size": 10_000, "num_components": 10_000}
+_LARGEST = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GeneratorSpec:
-    """The architecture and the loss, all public; two owners with one spec build one model."""
+class VaeSpec(Spec):
+    """Sizes and loss of a :class:`MultVAE`."""
 
-    num_items: int
+    kind: ClassVar[str] = "vae"
+    WHOLE: ClassVar[Mapping[str, int]] = {
+        "hidden_size": _LARGEST,
+        "latent_size": _LARGEST,
+        "num_components": _LARGEST,
+    }
+    RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "kl_weight": (0.0, 100.0),
+        "kl_anneal_share": (0.0, 1.0),
+        "dropout": (0.0, 0.99),
+        "popularity_scale": (0.0, 1000.0),
+    }
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {"prior": ("gaussian", "mixture")}
+
     hidden_size: int
     latent_size: int
-    prior: Literal["gaussian", "mixture"]
+    prior: str
     num_components: int
     kl_weight: float
     kl_anneal_share: float
     dropout: float
     popularity_scale: float
-    kind: Literal["vae"] = "vae"
-
-    def __post_init__(self) -> None:
-        for name in ("num_items", "hidden_size", "latent_size", "num_components"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST[name]:
-                raise InputError(
-                    f"generator spec: {name} must be a whole number from 1 to {_LARGEST[name]}, not {value!r}"
-                )
-        ranges = {"kl_weight": 100.0, "kl_anneal_share": 1.0, "dropout": 0.99, "popularity_scale": 1000.0}
-        for name, limit in ranges.items():
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value <= limit:
-                raise InputError(f"generator spec: {name} must lie between 0 and {limit:g}, not {value!r}")
-        if self.prior not in ("gaussian", "mixture") or self.kind != "vae":
-            raise InputError(f"generator spec: unknown prior {self.prior!r} or kind {self.kind!r}")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Read :meth:`to_dict`'s form; InputError where a field is unknown or missing."""
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise InputError(f"generator spec: {error}") from None
 
 
 class _Constant(nn.Module):
@@ -80,7 +65,7 @@ class _Constant(nn.Module):
         return repeated
 
 
-class MultVAE(nn.Module):
+class MultVAE(GeneratorModel):
     """Encoder, prior and decoder over ``num_items``.
 
     The prior is part of the model, so that DP-SGD trains it with everything else, and
@@ -91,7 +76,7 @@ class MultVAE(nn.Module):
     arXiv:1611.02648, and Tomczak & Welling 2018, arXiv:1705.07120 (mixture priors).
     """
 
-    def __init__(self, spec: GeneratorSpec) -> None:
+    def __init__(self, spec: VaeSpec) -> None:
         super().__init__()
         self.spec = spec
         self.encoder = SparseBag(spec.num_items, spec.hidden_size)
@@ -104,25 +89,26 @@ class MultVAE(nn.Module):
             self.prior_log_variances = _Constant(spec.num_components * spec.latent_size)
             self.prior_logits = _Constant(spec.num_components)
 
-    def loss(self, histories: Bags, *, kl_weight: float, chance: Chance) -> Tensor:
+    def encode(self, histories: Histories) -> EncodedBags:
+        return EncodedBags(histories.to_csr())
+
+    def loss(self, users: Bags, *, share_done: float, chance: Chance) -> Tensor:
         """Each user's negative evidence bound divided by the length of its history, shape ``(num_users,)``.
 
-        Args:
-            kl_weight: weight of the divergence from the prior at this step of the annealing.
-            chance: of dropout and of the latent draw. Users take from it in turn, so one more user moves the draws of
-                those behind: the bound on a user's influence holds because nobody can know them.
+        The weight of the divergence from the prior rises to ``kl_weight`` over the first ``kl_anneal_share``.
         """
-        lengths = histories.lengths.clamp(min=1).to(self.to_logits.weight)
-        inputs = lengths.rsqrt()[histories.users]
+        lengths = users.lengths.clamp(min=1).to(self.to_logits.weight)
+        inputs = lengths.rsqrt()[users.users]
         if self.spec.dropout:
             kept = torch.from_numpy(chance.uniform(len(inputs)) >= self.spec.dropout)
             inputs = inputs * kept.to(inputs) / (1.0 - self.spec.dropout)
-        hidden = torch.tanh(self.encoder(histories.items, inputs, histories.starts))
+        hidden = torch.tanh(self.encoder(users.items, inputs, users.starts))
         mean, log_variance = self.to_mean(hidden), self.to_log_variance(hidden)
         drawn = torch.empty(mean.shape, dtype=mean.dtype, device=mean.device)
         chance.fill_normal(drawn, stddev=1.0)
         latent = mean + torch.exp(0.5 * log_variance) * drawn
-        likelihood = multinomial_log_likelihood(self.decode(latent), histories)
+        likelihood = multinomial_log_likelihood(self.decode(latent), users)
+        kl_weight = kl_weight_at(self.spec, share_done=share_done)
         return (kl_weight * self._divergence(latent, mean, log_variance) - likelihood) / lengths
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -143,6 +129,18 @@ class MultVAE(nn.Module):
         densities = -0.5 * ((latent[:, None] - means) ** 2 / variances.exp() + variances).sum(2)
         return posterior - torch.logsumexp(shares + densities, dim=1)
 
+    def draw(
+        self, lengths: IntArray, *, generator: torch.Generator, tilt: npt.NDArray[np.float32] | None = None
+    ) -> Histories:
+        return draw_bags(self, lengths, generator=generator, tilt=tilt)
+
+    def initial(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        if name.startswith("prior_means"):
+            return torch.randn(shape, generator=generator)
+        if name.startswith("prior_"):
+            return torch.zeros(shape)
+        return super().initial(name, shape, generator)
+
     @torch.no_grad()
     def sample_latent(self, num_users: int, *, generator: torch.Generator) -> Tensor:
         """Draws from the prior, shape ``(num_users, latent_size)``; no user is looked at."""
@@ -158,43 +156,8 @@ class MultVAE(nn.Module):
         return latent
 
 
-def kl_weight_at(spec: GeneratorSpec, *, share_done: float) -> float:
+def kl_weight_at(spec: VaeSpec, *, share_done: float) -> float:
     """The annealed weight: from 0 to ``kl_weight`` over the first ``kl_anneal_share`` of the training."""
     if spec.kl_anneal_share == 0:
         return spec.kl_weight
     return spec.kl_weight * min(1.0, share_done / spec.kl_anneal_share)
-
-
-def initial_weights(spec: GeneratorSpec, seed: int) -> Weights:
-    """Weights before training, from ``seed`` and public sizes alone: float32, in a fixed order."""
-    generator = torch_stream(seed, "initial-weights")
-    weights: Weights = {}
-    for name, parameter in MultVAE(spec).state_dict().items():
-        shape = tuple(parameter.shape)
-        if name.startswith("prior_means"):
-            values = torch.randn(shape, generator=generator)
-        elif name.endswith("bias") or name.startswith("prior_"):
-            values = torch.zeros(shape)
-        else:
-            # Glorot & Bengio 2010: keeps the scale of a signal through tanh layers.
-            values = torch.randn(shape, generator=generator) * (2.0 / sum(shape)) ** 0.5
-        weights[name] = values.numpy().astype(np.float32)
-    return weights
-
-
-def model_from(spec: GeneratorSpec, weights: Weights) -> MultVAE:
-    """A model with ``weights``.
-
-    Raises:
-        InputError: names or shapes are not those of ``spec``, or a number is not finite.
-    """
-    model = MultVAE(spec)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in weights.items()}
-    if expected != given:
-        odd = sorted(set(expected.items()) ^ set(given.items()))[0]
-        raise InputError(f"generator weights do not fit the spec: first difference at {odd[0]} {odd[1]}.")
-    if any(not np.isfinite(value).all() for value in weights.values()):
-        raise InputError("generator weights hold a number that is not finite; use the last good checkpoint.")
-    model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()})
-    return model

@@ -11,7 +11,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from shared.errors import FedAugError, InputError, RefusedError
-from shared.generators.multvae import GeneratorSpec, Weights
+from shared.generators.base import Weights
+from shared.generators.family import GeneratorSpec, spec_from_dict
 from shared.privacy.chain import Receipt
 from shared.privacy.releases import DpSgdRelease
 from shared.wire.plan import RoundPlan
@@ -88,7 +89,7 @@ class TrainJob:
         try:
             server_round, mu = values.pop("server-round"), values.pop("proximal-mu", 0.0)
             plan = {**json.loads(str(values.pop("plan"))), "proximal_mu": mu}
-            spec = GeneratorSpec.from_dict(json.loads(str(values.pop("spec"))))
+            spec = spec_from_dict(json.loads(str(values.pop("spec"))))
             run_id, catalogue_hash = str(values.pop("run-id")), str(values.pop("catalogue-hash"))
             noise_seed, collect_metrics = values.pop("noise-seed", None), values.pop("collect-metrics")
         except (KeyError, ValueError) as error:

@@ -13,7 +13,7 @@ from server.checkpoints import read_state
 from server.plan import FederationPlan
 from server.rounds import latest_checkpoint
 from shared.errors import FedAugError
-from shared.generators.multvae import Weights
+from shared.generators.base import Weights
 from simulations.engines.flower import run_flower
 from simulations.engines.inprocess import InProcessGrid
 

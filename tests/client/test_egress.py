@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from client.egress import EgressError, check_egress, public_words
 from client.rules import OverBudget, Refusal
 from shared.errors import BudgetExceeded, FedAugError, InputError, LeakError, RefusedError
-from shared.generators.multvae import initial_weights
+from shared.generators.family import initial_weights
 from shared.wire.messages import CatalogueMismatch, OwnerFailed, TrainReply, raise_refusal, refusal_record
 from tests.small_federation import RELEASE, SPEC, a_job, terms
 

@@ -12,7 +12,7 @@ from client.policy import Approval, Ceilings, Limits, Policy
 from client.security_log import SecurityLog
 from client.store.lifetime import LifetimeLedger
 from client.store.verification import verify
-from shared.generators.multvae import initial_weights
+from shared.generators.family import initial_weights
 from shared.privacy.releases import DpSgdRelease
 from shared.wire.messages import TrainReply, raise_refusal
 from tests.client.test_client_app import ask, deployed, train_content

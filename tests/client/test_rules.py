@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 import client.rules
 from client.policy import Policy
-from client.rules import OverBudget, Refusal, Spending, check_budget, check_request, declared_shapes, num_weights
+from client.rules import OverBudget, Refusal, Spending, check_budget, check_request, num_weights
 from shared.errors import BudgetExceeded, RefusedError
-from shared.generators.multvae import initial_weights
+from shared.generators.family import initial_weights, travelling_shapes
+from shared.generators.multvae import VaeSpec
 from shared.wire.messages import TrainJob
 from tests.client.test_policy import values
 from tests.small_federation import CATALOGUE, RELEASE, SPEC, a_job, terms
@@ -169,15 +170,17 @@ def test_the_size_of_a_message_is_bounded_too():
 
 
 def test_declared_shapes_are_those_of_a_generator():
-    shapes = declared_shapes(SPEC)
+    shapes = travelling_shapes(SPEC)
     assert list(shapes) == list(initial_weights(SPEC, 1))
     assert shapes == {name: value.shape for name, value in initial_weights(SPEC, 1).items()}
 
 
+class UnknownSpec(VaeSpec):
+    kind = "exec"  # the message reader refuses it too
+
+
 def hostile_kind() -> TrainJob:
-    spec = replace(SPEC)
-    object.__setattr__(spec, "kind", "exec")  # the message reader refuses it too
-    return a_real_job(spec=spec)
+    return a_real_job(spec=UnknownSpec.from_dict(SPEC.to_dict()))
 
 
 HUGE = {"num_items": 10_000_000, "hidden_size": 10_000, "latent_size": 10_000}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from client.security_log import SecurityLog, described
 from shared.errors import InputError
-from shared.generators.multvae import initial_weights
+from shared.generators.family import initial_weights
 from tests.small_federation import SPEC
 
 ROOT = Path(__file__).parents[2]

@@ -9,11 +9,12 @@ import torch
 from client.train_generator import train_generator
 from shared.data.histories import Histories
 from shared.errors import InputError
-from shared.generators.multvae import GeneratorSpec, initial_weights
+from shared.generators.family import initial_weights
+from shared.generators.multvae import VaeSpec
 from shared.privacy.releases import DpSgdRelease
 from shared.wire.plan import RoundPlan
 
-SPEC = GeneratorSpec(
+SPEC = VaeSpec(
     num_items=40,
     hidden_size=8,
     latent_size=4,

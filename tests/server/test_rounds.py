@@ -15,7 +15,7 @@ from server.lock import run_lock
 from server.plan import FederationPlan
 from server.rounds import latest_checkpoint, run_rounds
 from shared.errors import FedAugError, InputError
-from shared.generators.multvae import initial_weights
+from shared.generators.family import initial_weights
 from shared.privacy.chain import Receipt, head_message
 from shared.wire.messages import WIRE_VERSION, CatalogueMismatch, Hello, TrainJob, TrainReply
 from simulations.engines.inprocess import InProcessGrid

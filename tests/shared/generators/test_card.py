@@ -9,7 +9,7 @@ import pytest
 
 from shared.errors import InputError
 from shared.generators.card import GeneratorCard, load_generator, save_generator
-from shared.generators.multvae import initial_weights
+from shared.generators.family import initial_weights
 from shared.privacy.noise import NO_NOISE, SEEDED_NOISE
 from tests.shared.generators.test_multvae import SPEC
 

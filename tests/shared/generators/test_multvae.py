@@ -9,10 +9,11 @@ import torch
 from shared.dpsgd.bags import Bags
 from shared.dpsgd.chance import Chance
 from shared.errors import InputError
+from shared.generators.family import initial_weights, model_from
 from shared.generators.likelihood import multinomial_log_likelihood
-from shared.generators.multvae import GeneratorSpec, MultVAE, initial_weights, kl_weight_at, model_from
+from shared.generators.multvae import MultVAE, VaeSpec, kl_weight_at
 
-SPEC = GeneratorSpec(
+SPEC = VaeSpec(
     num_items=30,
     hidden_size=16,
     latent_size=4,
@@ -45,9 +46,9 @@ def test_a_users_loss_does_not_depend_on_the_batch(prior):
     with torch.no_grad():
         one.to_log_variance.weight.zero_()
         one.to_log_variance.bias.fill_(-60.0)  # a spread of e^-30: no draw matters
-        whole = one.loss(users(), kl_weight=0.0, chance=Chance.seeded(0))
+        whole = one.loss(users(), share_done=0.0, chance=Chance.seeded(0))
         alone = [Bags.from_dense(row[None]) for row in multi_hot()]
-        parts = [one.loss(user, kl_weight=0.0, chance=Chance.seeded(9)) for user in alone]
+        parts = [one.loss(user, share_done=0.0, chance=Chance.seeded(9)) for user in alone]
     assert torch.allclose(whole, torch.cat(parts), atol=1e-5)
 
 
@@ -56,7 +57,7 @@ def test_the_likelihood_is_the_multinomial_one():
     with torch.no_grad():
         for parameter in one.parameters():
             parameter.zero_()  # every item equally likely, whatever the latent
-        loss = one.loss(users(), kl_weight=0.0, chance=Chance.seeded(0))
+        loss = one.loss(users(), share_done=0.0, chance=Chance.seeded(0))
     assert torch.allclose(loss, torch.full((6,), float(np.log(SPEC.num_items))))
 
 
@@ -75,21 +76,21 @@ def test_the_likelihood_and_its_gradient_are_those_of_a_dense_multi_hot():
 def test_users_without_items_have_a_loss_and_a_gradient_of_zero():
     one = model()
     nobody = Bags.from_dense(torch.zeros(2, SPEC.num_items))
-    losses = one.loss(nobody, kl_weight=0.0, chance=Chance.seeded(0))
+    losses = one.loss(nobody, share_done=0.0, chance=Chance.seeded(0))
     losses.sum().backward()
     assert not losses.any()
     assert not any(parameter.grad is not None and parameter.grad.any() for parameter in one.parameters())
 
 
 def test_the_mixture_divergence_of_one_standard_component_is_the_gaussian_one_on_average():
-    mixture, gaussian = model(num_components=1), model(prior="gaussian")
+    mixture, gaussian = model(num_components=1, kl_weight=1.0), model(prior="gaussian", kl_weight=1.0)
     with torch.no_grad():
         mixture.prior_means.values.weight.zero_()
         shared = {name: value for name, value in mixture.state_dict().items() if not name.startswith("prior")}
         gaussian.load_state_dict(shared)
         draws = 4000
         histories = Bags.from_dense(multi_hot(1).expand(draws, -1))
-        sampled = [one.loss(histories, kl_weight=1.0, chance=Chance.seeded(3)) for one in (mixture, gaussian)]
+        sampled = [one.loss(histories, share_done=1.0, chance=Chance.seeded(3)) for one in (mixture, gaussian)]
     # The mixture's is a one-draw estimate of the same number; four standard errors.
     error = float((sampled[0] - sampled[1]).std()) / draws**0.5
     assert float((sampled[0] - sampled[1]).mean()) == pytest.approx(0.0, abs=4 * error)
@@ -120,7 +121,7 @@ def test_training_learns_which_items_go_together():
     chance = Chance.seeded(0, "training")
     for _ in range(150):
         optimizer.zero_grad()
-        one.loss(histories, kl_weight=0.2, chance=chance).mean().backward()
+        one.loss(histories, share_done=1.0, chance=chance).mean().backward()
         optimizer.step()
     with torch.no_grad():
         shares = torch.softmax(one.decode(one.sample_latent(500, generator=drawing)), 1)
@@ -150,4 +151,4 @@ def test_weights_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="not finite"):
         model_from(SPEC, {**weights, "encoder.bias": np.full(16, np.nan, dtype=np.float32)})
     with pytest.raises(InputError, match="unexpected keyword"):
-        GeneratorSpec.from_dict({**SPEC.to_dict(), "depth": 3})
+        VaeSpec.from_dict({**SPEC.to_dict(), "depth": 3})

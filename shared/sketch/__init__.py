@@ -1,0 +1,1 @@
+"""One-shot statistics of all users under the Gaussian mechanism, and what is built from them."""
