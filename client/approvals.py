@@ -12,13 +12,19 @@ from client.rules import Refusal, mib_of, num_weights, shown
 from shared.errors import InputError
 from shared.files import finite, sha256, write_atomically, write_json
 from shared.generators.family import GeneratorSpec, spec_from_dict
-from shared.privacy.releases import DpSgdRelease
+from shared.sketch.statistic import sketch_shapes
+from shared.wire.arrays import num_numbers
 from shared.wire.messages import TrainJob
 from shared.wire.plan import RoundPlan
 
 # Proposals come from strangers and must not fill the disk. Where there are more, the oldest make room.
 _MOST_PROPOSALS = 100
 _LARGEST_PROPOSAL = 16 * 2**10
+_STATISTICS = {
+    "popularity": "how popular each item is, and how long histories are",
+    "cooccurrence": "how often two items are in one history",
+    "both": "how popular each item is, how often two are in one history, and how long histories are",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,37 +79,51 @@ class Proposal:
         terms |= {"plan": self.plan.to_dict(), "spec": self.spec.to_dict()}
         return sha256(json.dumps(terms, sort_keys=True, allow_nan=False).encode())
 
-    @property
-    def release(self) -> DpSgdRelease | None:
-        """All rounds of the run as one release."""
-        return whole_run(self.plan)
-
     def in_words(self) -> str:
         """What the owner is asked to approve, for people who do not know the names."""
-        plan, release, size = self.plan, self.plan.release, num_weights(self.spec)
-        if release is None:
-            mechanism = "No noise is added: nothing about your users is protected."
-        else:
-            mechanism = (
-                f"In a step every user takes part with a chance of {release.sample_rate:.3g}. What one user can add is"
-                f" bounded, and noise of {release.noise_multiplier:.4g} times that bound covers it."
+        plan, lines = self.plan, []
+        parts = [f"{len(plan.sketches)} release(s) of statistics"] if plan.sketches else []
+        if plan.num_training_rounds:
+            parts.append(f"{plan.num_training_rounds:,} rounds of {plan.num_steps:,} training step(s) each")
+        lines.append(f"Run {shown(self.run_id)}, planned with {plan.num_owners} owners: {', then '.join(parts)}.")
+        if not plan.is_private:
+            lines.append("No noise is added: nothing about your users is protected.")
+        for number, sketch in enumerate(plan.sketches, 1):
+            size = num_numbers(sketch_shapes(sketch, self.spec.num_items))
+            noise = f", with noise of {sketch.release.noise_multiplier:.4g} times that" if sketch.release else ""
+            lines.append(
+                f"Statistic {number} ({_STATISTICS[sketch.statistic]}) sums over all your users, of whom one can change"
+                f" the sum by a bounded length{noise}; {size:,} numbers ({mib_of(size):,.1f} MiB) leave this machine."
             )
-            if self.noise_seed is not None:
-                mechanism += " The noise comes from a seed, so it is NOT private: who knows the seed can subtract it."
-        figures = " Losses and user counts leave too." if self.collect_metrics else " No count, loss or row leaves."
+        if plan.release is not None:
+            lines.append(
+                f"In a step every user takes part with a chance of {plan.release.sample_rate:.3g}. What one user can"
+                f" add is bounded, and noise of {plan.release.noise_multiplier:.4g} times that bound covers it."
+            )
+        if plan.is_private and self.noise_seed is not None:
+            lines.append("The noise comes from a seed, so it is NOT private: who knows the seed can subtract it.")
+        if plan.num_training_rounds:
+            size = num_weights(self.spec)
+            lines.append(
+                f"After every round of training the weights of a {self.spec.kind} generator over"
+                f" {self.spec.num_items:,} items ({size:,} numbers, {mib_of(size):,.1f} MiB) leave this machine."
+            )
+        lines.append("Losses and user counts leave too." if self.collect_metrics else "No count, loss or row leaves.")
+        told = "\n".join(lines)
         return (
-            f"Run {shown(self.run_id)}, planned with {plan.num_owners} owners: {plan.num_rounds:,} rounds of"
-            f" {plan.num_steps:,} training step(s) each.\n"
-            f"{mechanism}\n"
-            f"After every round the weights of a {self.spec.kind} generator over {self.spec.num_items:,} items"
-            f" ({size:,} numbers, {mib_of(size):,.1f} MiB) leave this machine.{figures}\n"
+            f"{told}\n"
             f"Price: epsilon {self.epsilon_of_run:.4g} for this run alone, {self.epsilon_after:.4g} for life once it is"
             f" over, at delta {self.delta:g}."
         )
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = finite(
-            {**asdict(self), "spec": self.spec.to_dict(), "first_seen": self.first_seen.isoformat()}
+            {
+                **asdict(self),
+                "plan": self.plan.to_dict(),
+                "spec": self.spec.to_dict(),
+                "first_seen": self.first_seen.isoformat(),
+            }
         )
         return values
 
@@ -117,15 +137,6 @@ class Proposal:
             "first_seen": datetime.fromisoformat(values["first_seen"]),
         }
         return cls(**{**values, **read, **numbers})
-
-
-def whole_run(plan: RoundPlan) -> DpSgdRelease | None:
-    """All rounds of a run as one release, to be priced; None without privacy.
-
-    Raises:
-        InputError: more steps than a release can have.
-    """
-    return replace(plan, server_round=1).rest_of_run
 
 
 def require_approval(directory: Path, proposal: Proposal, policy: Policy) -> None:

@@ -9,7 +9,7 @@ from flwr.app import Array, RecordDict
 
 from client.rules import Refusal
 from shared.errors import FedAugError, InputError, RefusedError
-from shared.generators.family import travelling_shapes
+from shared.wire.arrays import answered_shapes
 from shared.wire.messages import OwnerFailed, TrainJob, TrainReply
 
 # Written out here although shared.wire.messages has them too: what leaves is to be changed in two places, or not.
@@ -42,7 +42,7 @@ def check_egress(reply: TrainReply, job: TrainJob, *, owner: str, simulated: boo
         raise EgressError("is signed with another owner's name")
     if reply.server_round != job.plan.server_round:
         raise EgressError("answers another round")
-    if reply.release != job.plan.release:
+    if reply.release != job.plan.round_release:
         raise EgressError("describes another release than was asked for")
     figures = set(reply.simulation_only)
     if figures and not (simulated and job.collect_metrics):
@@ -74,7 +74,7 @@ def public_words(error: Exception, *, simulated: bool) -> FedAugError:
 
 
 def _check_arrays(reply: TrainReply, job: TrainJob) -> None:
-    declared = travelling_shapes(job.spec)
+    declared = answered_shapes(job)
     undeclared, missing = set(reply.weights) - set(declared), set(declared) - set(reply.weights)
     if undeclared or missing:
         raise EgressError(f"holds {len(undeclared)} undeclared array(s) and lacks {len(missing)}")
@@ -94,7 +94,7 @@ def _check_record(record: RecordDict, reply: TrainReply, job: TrainJob) -> None:
     declared = {_WEIGHTS, _REPLY} | ({_SIMULATION_ONLY} if reply.simulation_only else set())
     if set(record) != declared:
         raise EgressError(f"holds {len(set(record) - declared)} undeclared record(s)")
-    fields, release = record.config_records[_REPLY], job.plan.release
+    fields, release = record.config_records[_REPLY], job.plan.round_release
     if set(fields) != _REPLY_FIELDS:
         raise EgressError(f"holds {len(set(fields) - _REPLY_FIELDS)} undeclared field(s)")
     texts = (json.loads(str(fields[name])) for name in ("release", "receipt"))

@@ -11,26 +11,30 @@ from pathlib import Path
 import numpy as np
 from flwr.app import RecordDict
 
-from client.approvals import Proposal, require_approval, whole_run
+from client.approvals import Proposal, require_approval
 from client.data import digest_of, training_histories
 from client.egress import check_egress
 from client.policy import Policy
 from client.rules import Refusal, Spending, check_budget, check_request, shown
 from client.security_log import SecurityLog, described
 from client.state import KEY, LEDGER
+from client.store.home_weights import load_home_weights, save_home_weights
 from client.store.keys import OwnerKey
 from client.store.lifetime import Charged, LifetimeLedger
 from client.store.lock import agent_lock
 from client.store.replies import load_reply, save_reply
-from client.train_generator import TrainedRound, train_generator
+from client.train_generator import TrainedRound, chance_for, train_generator
 from shared.code import code_hash, versions
 from shared.data.histories import Histories
 from shared.errors import FedAugError, RefusedError
+from shared.generators.family import weight_shapes
 from shared.privacy.chain import Charge
 from shared.privacy.noise import LOCAL_NOISE, NO_NOISE, SEEDED_NOISE, NoiseKind
 from shared.privacy.planning import affordable_rounds, least_noise
-from shared.privacy.releases import Release
+from shared.privacy.releases import DpSgdRelease, Release
 from shared.privacy.running import RunningCost
+from shared.sketch.statistic import compute_sketch
+from shared.wire.arrays import HEAD
 from shared.wire.messages import WIRE_VERSION, Hello, TrainJob, TrainReply
 from shared.wire.plan import RoundPlan
 
@@ -159,7 +163,7 @@ class Owner:
         charge = Charge(
             run_id=job.run_id,
             server_round=job.plan.server_round,
-            release=job.plan.release,
+            release=job.plan.round_release,
             noise=_noise_of(job),
             job_digest=job.digest,
             policy_hash=policy.digest,
@@ -177,14 +181,17 @@ class Owner:
             job,
             now=datetime.now(UTC),
             delta=delta,
-            epsilon_of_run=_epsilon((), (whole_run(job.plan),), delta),
-            epsilon_after=_epsilon(tuple(ledger.spent().items()), (job.plan.rest_of_run,), delta),
+            epsilon_of_run=_epsilon((), job.plan.whole_run, delta),
+            epsilon_after=_epsilon(tuple(ledger.spent().items()), job.plan.rest_of_run, delta),
         )
         require_approval(self.directory, proposal, policy)
 
     def _train(self, job: TrainJob, histories: Histories, policy: Policy) -> TrainedRound:
+        if job.plan.sketch is not None:
+            return self._sketch(job, histories)
+        home = load_home_weights(self.directory, job.run_id, job.spec, before_round=job.plan.server_round)
         trained = train_generator(
-            job.weights,
+            {name: {**job.weights, **home}[name] for name in weight_shapes(job.spec)},
             histories,
             job.spec,
             job.plan,
@@ -198,7 +205,26 @@ class Owner:
                 f"{self.name} charged {job.plan.release} for round {job.plan.server_round} but executed"
                 f" {trained.release}. Nothing was released; report this as a bug."
             )
+        if home:
+            save_home_weights(
+                self.directory,
+                job.run_id,
+                {name: trained.weights[name] for name in home},
+                server_round=job.plan.server_round,
+            )
+            return replace(trained, weights={name: trained.weights[name] for name in job.weights})
         return trained
+
+    def _sketch(self, job: TrainJob, histories: Histories) -> TrainedRound:
+        terms = job.plan.sketch
+        assert terms is not None
+        statistic = compute_sketch(
+            histories,
+            terms,
+            head=np.flatnonzero(job.weights[HEAD]) if HEAD in job.weights else None,
+            chance=chance_for(job.noise_seed, self.name, "sketch", job.plan.server_round),
+        )
+        return TrainedRound(statistic, terms.release, float("nan"), 0)
 
     def _reply(self, job: TrainJob, trained: TrainedRound, histories: Histories) -> TrainReply:
         private = {
@@ -235,7 +261,7 @@ def _refuse_over_budget(
         return
 
     def spending(counts: Counts) -> Spending:
-        before, after = (_epsilon(counts, more, ceilings.delta) for more in ((), (rest,)))
+        before, after = (_epsilon(counts, more, ceilings.delta) for more in ((), rest))
         return Spending(before=before, after=after)
 
     check_budget(
@@ -248,8 +274,8 @@ def _refuse_over_budget(
 
 def _alternative(plan: RoundPlan, policy: Policy, spent: RunningCost) -> str | None:
     """What would still fit below the ceiling for life, in words."""
-    ceiling, release, rest = policy.ceilings.epsilon, plan.release, plan.rest_of_run
-    if ceiling is None or release is None or rest is None:
+    ceiling, release, rest = policy.ceilings.epsilon, plan.release, plan.rest_of_run[-1]
+    if ceiling is None or release is None or plan.sketch is not None or not isinstance(rest, DpSgdRelease):
         return None
     to_come = plan.rounds_to_come
     more = affordable_rounds(spent, release, delta=policy.ceilings.delta, ceiling=ceiling, most=to_come)
@@ -272,7 +298,7 @@ def _cost(counts: Counts) -> RunningCost:
 
 
 def _noise_of(job: TrainJob) -> NoiseKind:
-    if job.plan.release is None:
+    if job.plan.round_release is None:
         return NO_NOISE
     return LOCAL_NOISE if job.noise_seed is None else SEEDED_NOISE
 

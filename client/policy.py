@@ -65,11 +65,11 @@ class Allowed(_Section):
     """Kinds of request that are answered at all."""
 
     # TOML has arrays, not tuples: only the outside of these is not strict.
-    generators: Annotated[tuple[Literal["vae"], ...], Field(strict=False)] = Field(
-        ("vae",), description="kinds of generator"
+    generators: Annotated[tuple[Literal["vae", "gan", "sequence", "spectral"], ...], Field(strict=False)] = Field(
+        ("vae", "gan", "sequence", "spectral"), description="kinds of generator"
     )
-    releases: Annotated[tuple[Literal["dp_sgd_poisson"], ...], Field(strict=False)] = Field(
-        ("dp_sgd_poisson",), description="kinds of release"
+    releases: Annotated[tuple[Literal["dp_sgd_poisson", "gaussian"], ...], Field(strict=False)] = Field(
+        ("dp_sgd_poisson", "gaussian"), description="kinds of release: training, and statistics of all users"
     )
     code: Annotated[tuple[_CodeHash, ...], Field(strict=False)] = Field(
         (), description="SHA-256 of the versions of this program that may train; empty: any that is installed here"

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
-from math import prod
 from typing import Literal
 
 import numpy as np
@@ -12,6 +11,8 @@ import numpy as np
 from client.policy import Policy
 from shared.errors import BudgetExceeded, RefusedError
 from shared.generators.family import GeneratorSpec, travelling_shapes
+from shared.privacy.releases import Release
+from shared.wire.arrays import HEAD, answered_shapes, asked_shapes, num_numbers
 from shared.wire.messages import TrainJob
 
 Rule = Literal[
@@ -124,7 +125,7 @@ def check_budget(policy: Policy, *, life: Spending, run: Spending, alternative: 
 
 def num_weights(spec: GeneratorSpec) -> int:
     """Numbers in a generator."""
-    return sum(map(prod, travelling_shapes(spec).values()))
+    return num_numbers(travelling_shapes(spec))
 
 
 def mib_of(num_weights: int) -> float:
@@ -194,7 +195,8 @@ def _check_generator(job: TrainJob, policy: Policy) -> None:
         )
     size = num_weights(job.spec)
     _at_most("size", "a generator of {} weights", size, policy.limits.max_weights, key="limits.max_weights")
-    _at_most("size", "messages of {} MiB", mib_of(size), policy.limits.max_message_mib, key="limits.max_message_mib")
+    largest = max(mib_of(num_numbers(shapes)) for shapes in (travelling_shapes(job.spec), answered_shapes(job)))
+    _at_most("size", "messages of {} MiB", largest, policy.limits.max_message_mib, key="limits.max_message_mib")
 
 
 def _check_plan(job: TrainJob, policy: Policy, num_owners: int | None) -> None:
@@ -215,7 +217,7 @@ def _check_plan(job: TrainJob, policy: Policy, num_owners: int | None) -> None:
         )
     _at_most("sample-rate", "sample_rate {}", plan.sample_rate, limits.max_sample_rate, key="limits.max_sample_rate")
     _at_most("steps", "{} steps a round", plan.num_steps, limits.max_steps_per_round, key="limits.max_steps_per_round")
-    steps = plan.num_steps * plan.num_rounds
+    steps = plan.num_steps * plan.num_training_rounds
     _at_most("steps", "{} steps a run", steps, limits.max_steps_per_run, key="limits.max_steps_per_run")
     low, high = _CLIPS
     if not low <= plan.max_grad_norm <= high:
@@ -228,7 +230,11 @@ def _check_plan(job: TrainJob, policy: Policy, num_owners: int | None) -> None:
 
 
 def _check_release(job: TrainJob, policy: Policy) -> None:
-    release = job.plan.release
+    for release in job.plan.rest_of_run:
+        _check_one_release(release, policy)
+
+
+def _check_one_release(release: Release | None, policy: Policy) -> None:
     if release is None:
         if not policy.simulated or policy.ceilings.epsilon is not None:
             raise Refusal(
@@ -255,7 +261,7 @@ def _check_release(job: TrainJob, policy: Policy) -> None:
 
 
 def _check_weights(job: TrainJob) -> None:
-    declared = {name: f"float32 {shape}" for name, shape in travelling_shapes(job.spec).items()}
+    declared = {name: f"float32 {shape}" for name, shape in asked_shapes(job).items()}
     given = {name: f"{values.dtype} {values.shape}" for name, values in job.weights.items()}
     for name in [*declared, *given]:
         if declared.get(name) != given.get(name):
@@ -279,6 +285,15 @@ def _check_weights(job: TrainJob) -> None:
                 asked=f"{name} with a number that is not finite",
                 allowed="finite numbers",
                 advice="Ask the server's operator to go on from the last good checkpoint.",
+            )
+    if job.plan.sketch is not None and HEAD in job.weights:
+        marks, size = job.weights[HEAD], job.plan.sketch.head_items
+        if not (np.isin(marks, (0.0, 1.0)).all() and np.count_nonzero(marks) == size):
+            raise Refusal(
+                "weights",
+                asked=f"a head of {np.count_nonzero(marks):,} items",
+                allowed=f"{size:,} items, each marked by 1, as the terms say",
+                advice="The server is of another version; install the same release of fedaug on both.",
             )
 
 

@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 
 from shared.config import EngineName
 from shared.data.histories import Histories
@@ -16,7 +17,7 @@ from shared.dpsgd.engine import Users
 from shared.dpsgd.engines import build_engine
 from shared.dpsgd.sampling import draw_users
 from shared.errors import InputError
-from shared.generators.base import GeneratorModel, Weights
+from shared.generators.base import Weights
 from shared.generators.family import GeneratorSpec, model_from
 from shared.privacy.releases import DpSgdRelease
 from shared.wire.plan import RoundPlan
@@ -52,6 +53,7 @@ def train_generator(
     """Run the steps of ``plan`` from ``weights`` on the owner's users.
 
     Args:
+        weights: all of the generator's, also those that stay at home; so are the trained ones.
         noise_seed: makes sampling, noise, dropout and latent draws repeatable, and so *not private*; None draws all of
             them from keys of the operating system.
         owner: names the owner's streams of chance.
@@ -66,13 +68,16 @@ def train_generator(
     with _one_thread():
         place = choose_device(device, key="dpsgd.device")
         model = model_from(spec, weights).to(place)
-        trainer = _Trainer(model, plan, engine, chance=_chance(noise_seed, owner, "noise", plan.server_round))
-        sampling = _chance(noise_seed, owner, "sampling", plan.server_round)
-        drawing = _chance(noise_seed, owner, "latent", plan.server_round)
+        model.train()
+        trainer = _Trainer(
+            model.private_part, plan, engine, chance=chance_for(noise_seed, owner, "noise", plan.server_round)
+        )
+        sampling = chance_for(noise_seed, owner, "sampling", plan.server_round)
+        drawing = chance_for(noise_seed, owner, "latent", plan.server_round)
+        apart = chance_for(noise_seed, owner, "apart-from-users", plan.server_round)
         encoded, losses = model.encode(histories), []
         for step in range(plan.num_steps):
-            done = (plan.server_round - 1) * plan.num_steps + step
-            share_done = done / (plan.num_rounds * plan.num_steps)
+            share_done = plan.share_done(step)
             drawn = draw_users(
                 histories.num_users,
                 sample_rate=plan.sample_rate,
@@ -82,6 +87,7 @@ def train_generator(
             )
             users = encoded.batch(drawn).to(place)
             losses.append(trainer.step(users, partial(model.loss, share_done=share_done, chance=drawing)))
+            model.after_step(learning_rate=plan.learning_rate, share_done=share_done, chance=apart)
         trained = {name: value.detach().cpu().numpy().copy() for name, value in model.state_dict().items()}
     if not all(np.isfinite(value).all() for value in trained.values()):
         raise InputError(
@@ -96,7 +102,7 @@ def train_generator(
 class _Trainer:
     """SGD steps, private where the plan has a release."""
 
-    def __init__(self, model: GeneratorModel, plan: RoundPlan, engine: EngineName, *, chance: Chance) -> None:
+    def __init__(self, model: nn.Module, plan: RoundPlan, engine: EngineName, *, chance: Chance) -> None:
         self._plan = plan
         self._received = [(p, p.detach().clone()) for p in model.parameters()] if plan.proximal_mu else []
         self._optimizer = torch.optim.SGD(model.parameters(), lr=plan.learning_rate)
@@ -131,7 +137,8 @@ class _Trainer:
             parameter.grad.add_(parameter.detach() - received, alpha=self._plan.proximal_mu)
 
 
-def _chance(seed: int | None, *names: str | int) -> Chance:
+def chance_for(seed: int | None, *names: str | int) -> Chance:
+    """A stream of its own for ``names``; from a key of the operating system where there is no seed."""
     return Chance.secret() if seed is None else Chance.seeded(seed, *names)
 
 

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from shared.generators.base import Weights
 
 # One to go on from, and two to fall back to where the disk lost the newest.
 _KEPT_ROUNDS = 3
+_PARTS = ("weights", "strategy_state", "average", "statistics")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +26,11 @@ class Checkpoint:
     """The state after a round; round 0 is before the first.
 
     Args:
+        weights: of the generator, without those that owners keep; what training goes on from.
         strategy_state: what the server's optimizer remembers, by name.
+        average: of the weights over the rounds, by name; empty where none is kept.
+        statistics: sums of what the owners released in the sketches so far, by round and name; float64. Empty once the
+            generator was begun from them.
         figures: one entry per finished round, for people and ``run.json``.
     """
 
@@ -33,6 +38,8 @@ class Checkpoint:
     weights: Weights
     strategy_state: Mapping[str, npt.NDArray[np.float32]]
     figures: tuple[dict[str, Any], ...]
+    average: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    statistics: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
 
 def folder(run_dir: Path) -> Path:
@@ -47,9 +54,9 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, *, plan_digest: str, 
     Raises:
         InputError: the disk is full or the folder cannot be written.
     """
-    arrays = {f"weights/{name}": values for name, values in checkpoint.weights.items()}
-    arrays |= {f"strategy/{name}": values for name, values in checkpoint.strategy_state.items()}
-    order = json.dumps({"weights": list(checkpoint.weights), "strategy": list(checkpoint.strategy_state)})
+    parts = {part: getattr(checkpoint, part) for part in _PARTS}
+    arrays = {f"{part}/{name}": values for part, named in parts.items() for name, values in named.items()}
+    order = json.dumps({part: list(named) for part, named in parts.items()})
     content = safetensors.numpy.save(arrays, metadata={"order": order})
     path = folder(run_dir) / f"round-{checkpoint.server_round:05d}.safetensors"
     write_atomically(path, content)
@@ -132,7 +139,6 @@ def _parse(content: bytes, server_round: int, figures: list[dict[str, Any]]) -> 
     order = json.loads(header["__metadata__"]["order"])
     return Checkpoint(
         server_round=server_round,
-        weights={name: arrays[f"weights/{name}"] for name in order["weights"]},
-        strategy_state={name: arrays[f"strategy/{name}"] for name in order["strategy"]},
+        **{part: {name: arrays[f"{part}/{name}"] for name in order[part]} for part in _PARTS},
         figures=tuple(entry for entry in figures if entry["server_round"] <= server_round),
     )

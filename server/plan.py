@@ -23,6 +23,7 @@ class FederationPlan:
         seed: of the initial weights.
         terms: the plan of round 1; later rounds differ in ``server_round`` alone.
         server_momentum: FedAvgM's momentum, FedAdam's first decay.
+        average_decay: of the average of the weights over the rounds, which is what is delivered; 0 for the last ones.
         owners: the names expected to say hello; no other is heard.
         weights: public weight of an owner in the average; 1 where it is not named.
         noise_seed: repeatable and so not private noise, for simulations.
@@ -45,6 +46,7 @@ class FederationPlan:
     deadline_seconds: float
     noise_seed: int | None
     collect_metrics: bool
+    average_decay: float = 0.0
     weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,6 +69,8 @@ class FederationPlan:
                 f"plan: the terms say {self.terms.num_owners} owners, the plan names {len(self.owners)}. Owners decide"
                 " by that number; give the same."
             )
+        if not 0 <= self.average_decay < 1:
+            raise InputError(f"plan: average_decay must lie in [0, 1), not {self.average_decay!r}.")
         if self.terms.server_round != 1:
             raise InputError(f"plan: terms must be those of round 1, not {self.terms.server_round}.")
 

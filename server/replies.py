@@ -8,14 +8,14 @@ from flwr.app import Message, MetricRecord, RecordDict
 from server.plan import FederationPlan
 from server.strategies import PUBLIC_WEIGHT
 from shared.errors import InputError, RefusedError
-from shared.generators.base import Weights
-from shared.wire.messages import WEIGHTS, OwnerFailed, TrainReply
+from shared.wire.arrays import answered_shapes
+from shared.wire.messages import WEIGHTS, OwnerFailed, TrainJob, TrainReply
 
 
 def read_replies(
-    messages: Iterable[Message], plan: FederationPlan, *, server_round: int, sent: Weights, owners: dict[int, str]
+    messages: Iterable[Message], plan: FederationPlan, job: TrainJob, owners: dict[int, str]
 ) -> list[tuple[TrainReply, Message]]:
-    """The replies of one round, checked and in the order of owners' names.
+    """The replies to ``job``, checked and in the order of owners' names.
 
     In the order of names, because a sum of floats depends on its order and replies arrive in any.
     Nodes that only reported a transport error are left out; the round records them as missing.
@@ -24,6 +24,7 @@ def read_replies(
         RefusedError, InputError, OwnerFailed: an owner said no, or sent what was not asked for.
     """
     read: dict[str, tuple[TrainReply, Message]] = {}
+    server_round = job.plan.server_round
     for message in messages:
         if message.has_error():
             continue
@@ -36,7 +37,7 @@ def read_replies(
             reply = TrainReply.from_record(message.content, metrics_expected=plan.collect_metrics)
         except (OwnerFailed, RefusedError, InputError) as failure:
             raise type(failure)(f"round {server_round}, {owner}: {failure}") from None
-        _check(reply, plan, server_round=server_round, sent=sent, owner=owner)
+        _check(reply, job, owner=owner)
         read[owner] = reply, message
     return [read[owner] for owner in sorted(read)]
 
@@ -48,20 +49,21 @@ def for_strategy(reply: TrainReply, message: Message, plan: FederationPlan) -> M
     return message
 
 
-def _check(reply: TrainReply, plan: FederationPlan, *, server_round: int, sent: Weights, owner: str) -> None:
+def _check(reply: TrainReply, job: TrainJob, *, owner: str) -> None:
+    terms, server_round, declared = job.plan, job.plan.server_round, answered_shapes(job)
     where = f"round {server_round}: the reply of {owner}"
     if reply.owner != owner:
         raise InputError(f"{where} is signed {reply.owner!r}.")
     if reply.server_round != server_round:
         raise InputError(f"{where} answers round {reply.server_round}.")
-    if reply.release != plan.terms.release:
-        raise InputError(f"{where} charged {reply.release}, the plan asked for {plan.terms.release}.")
+    if reply.release != terms.round_release:
+        raise InputError(f"{where} charged {reply.release}, the plan asked for {terms.round_release}.")
     if reply.receipt is None or not reply.receipt.is_signed():
         raise InputError(f"{where} has no receipt that its owner signed.")
-    if list(reply.weights) != list(sent):
-        raise InputError(f"{where} has the arrays {sorted(reply.weights)[:3]}…, expected {sorted(sent)[:3]}….")
+    if list(reply.weights) != list(declared):
+        raise InputError(f"{where} has the arrays {sorted(reply.weights)[:3]}…, expected {sorted(declared)[:3]}….")
     for name, values in reply.weights.items():
-        if (values.shape, values.dtype) != (sent[name].shape, np.dtype(np.float32)):
-            raise InputError(f"{where}: {name} is {values.dtype} {values.shape}, expected float32 {sent[name].shape}.")
+        if (values.shape, values.dtype) != (declared[name], np.dtype(np.float32)):
+            raise InputError(f"{where}: {name} is {values.dtype} {values.shape}, expected float32 {declared[name]}.")
         if not np.isfinite(values).all():
             raise InputError(f"{where}: {name} holds a number that is not finite; nothing was averaged.")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
@@ -17,10 +18,12 @@ from server.lock import run_lock
 from server.plan import FederationPlan
 from server.receipts import keep_receipts
 from server.replies import for_strategy, read_replies
+from server.sketches import add_up, arrays_to_send, begin
 from server.strategies import build_strategy, restore, strategy_state, to_float32
 from shared.errors import InputError
 from shared.generators.base import Weights
 from shared.generators.family import initial_weights
+from shared.wire.arrays import travelling_only
 from shared.wire.messages import TrainJob, TrainReply
 
 
@@ -39,7 +42,7 @@ def run_rounds(grid: Grid, run_dir: Path) -> None:
     with run_lock(run_dir):
         latest = load_checkpoint(run_dir, plan_digest=plan.digest)
         if latest is None:
-            weights: Weights = initial_weights(plan.spec, plan.seed)
+            weights: Weights = travelling_only(plan.spec, initial_weights(plan.spec, plan.seed))
             latest = Checkpoint(server_round=0, weights=weights, strategy_state={}, figures=())
             save_checkpoint(run_dir, latest, plan_digest=plan.digest, num_rounds=plan.num_rounds)
         if latest.server_round == plan.num_rounds:
@@ -53,13 +56,15 @@ def run_rounds(grid: Grid, run_dir: Path) -> None:
 
 
 def latest_checkpoint(run_dir: Path) -> tuple[int, Weights] | None:
-    """The last finished round and its weights; None before round 1.
+    """The last finished round and its weights, averaged over the rounds where the plan says so; None before round 1.
 
     Raises:
         InputError: the run folder's plan or checkpoints cannot be used.
     """
     found = load_checkpoint(run_dir, plan_digest=FederationPlan.load(run_dir).digest)
-    return None if found is None or found.server_round == 0 else (found.server_round, found.weights)
+    if found is None or found.server_round == 0:
+        return None
+    return found.server_round, dict(found.average or found.weights)
 
 
 def _run_round(
@@ -67,9 +72,10 @@ def _run_round(
 ) -> Checkpoint:
     started = time.monotonic()
     server_round = latest.server_round + 1
+    is_sketch = server_round <= len(plan.terms.sketches)
     job = TrainJob(
         run_id=plan.run_id,
-        weights=latest.weights,
+        weights=arrays_to_send(plan, latest.statistics, server_round) if is_sketch else dict(latest.weights),
         spec=plan.spec,
         plan=replace(plan.terms, server_round=server_round),
         catalogue_hash=plan.catalogue_hash,
@@ -79,18 +85,45 @@ def _run_round(
     roster = cast(Grid, _Roster(owners))
     messages = strategy.configure_train(server_round, job.to_arrays(), job.to_config(), roster)
     answers = grid.send_and_receive(messages, timeout=plan.deadline_seconds)
-    replies = read_replies(answers, plan, server_round=server_round, sent=latest.weights, owners=owners)
+    replies = read_replies(answers, plan, job, owners)
     if len(replies) < plan.min_owners:
         raise TooFewOwners(len(replies), plan, doing=f"answered round {server_round}")
-    weights = _aggregate(strategy, server_round, [for_strategy(*reply, plan) for reply in replies])
-    figures = _figures([reply for reply, _ in replies], server_round, plan, seconds=time.monotonic() - started)
-    keep_receipts(run_dir, [reply for reply, _ in replies])
-    return Checkpoint(
-        server_round=server_round,
-        weights=weights,
-        strategy_state=strategy_state(strategy, list(weights)),
-        figures=(*latest.figures, figures),
-    )
+    told = [reply for reply, _ in replies]
+    if is_sketch:
+        found = _after_sketch(run_dir, plan, latest, told, server_round)
+    else:
+        weights = _aggregate(strategy, server_round, [for_strategy(*reply, plan) for reply in replies])
+        found = replace(
+            latest,
+            weights=weights,
+            strategy_state=strategy_state(strategy, list(weights)),
+            average=_averaged(plan, latest, weights, server_round),
+        )
+    figures = _figures(told, server_round, plan, seconds=time.monotonic() - started)
+    keep_receipts(run_dir, told)
+    return replace(found, server_round=server_round, figures=(*latest.figures, figures))
+
+
+def _after_sketch(
+    run_dir: Path, plan: FederationPlan, latest: Checkpoint, replies: list[TrainReply], server_round: int
+) -> Checkpoint:
+    statistics = add_up(latest.statistics, replies, server_round)
+    if server_round < len(plan.terms.sketches):
+        return replace(latest, statistics=statistics)
+    return replace(latest, weights=begin(run_dir, plan, statistics, len(replies)), statistics={})
+
+
+def _averaged(
+    plan: FederationPlan, latest: Checkpoint, weights: Weights, server_round: int
+) -> dict[str, npt.NDArray[np.float32]]:
+    """The exponential average of the weights over the rounds: a function of releases, and so free."""
+    if plan.average_decay == 0:
+        return {}
+    before = latest.average or latest.weights
+    # Young averages forget faster, or the first weights would stay in them for a whole run.
+    done = server_round - len(plan.terms.sketches)
+    kept = np.float32(min(plan.average_decay, done / (done + 9)))
+    return {name: kept * before[name] + (1 - kept) * values for name, values in weights.items()}
 
 
 class _Roster:

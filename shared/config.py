@@ -81,6 +81,9 @@ class FederationSection(_Section):
         "inprocess", description="one process, or Flower's simulation on Ray"
     )
     deadline_seconds: Finite = Field(600.0, description="how long a round waits for its owners")
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="deliver an average of the weights over the rounds, which forgets by this; 0: the last ones"
+    )
     declared_users: PositiveInt | None = Field(None, description="public total of users; sets delta")
 
 
@@ -97,6 +100,9 @@ class PrivacySection(_Section):
     max_batch: PositiveInt | None = Field(
         None, description="hard cap on a batch; default: so high that it costs no epsilon"
     )
+    sketch_share: Share = Field(
+        0.5, description="part of epsilon that a sketch may cost before training; a spectral generator takes all"
+    )
 
 
 class DpSgdSection(_Section):
@@ -108,6 +114,12 @@ class DpSgdSection(_Section):
 
 class GeneratorSection(_Section):
     kind: Literal["vae"] = Field("vae", description="model of user behaviour")
+    warm_start: Literal["none", "popularity", "spectral"] = Field(
+        "none", description="begin training from a released statistic: how popular items are, or which go together too"
+    )
+    head_items: PositiveInt = Field(
+        8000, description="most items whose co-occurrence is released: the most popular ones by an earlier release"
+    )
     hidden_size: PositiveInt = Field(100, description="width of encoder and decoder")
     latent_size: PositiveInt = Field(32, description="dimensions of the latent space")
     prior: Literal["gaussian", "mixture"] = Field("mixture", description="mixture is trained with the model")

@@ -62,14 +62,13 @@ def price(scenario: Scenario, *, as_json: bool) -> None:
         _print_json({**found.to_dict(), "regime": name})
         return
     console = Console(highlight=False)
-    if found.release is None:
+    if not found.is_private:
         console.print("epsilon: infinite. The generator would be trained WITHOUT privacy.", soft_wrap=True)
     else:
         console.print(
             f"epsilon {found.epsilon:.3f} at delta {found.delta:.3g}, for each user of each owner\n"
-            f"  noise multiplier {found.release.noise_multiplier:g}, sample rate {found.release.sample_rate:g},"
-            f" {found.release.num_steps} steps\n"
-            f"  declared users {found.declared_users} ({found.sources['declared_users']}),"
+            + "".join(f"  {part}\n" for part in found.in_words())
+            + f"  declared users {found.declared_users} ({found.sources['declared_users']}),"
             f" at most {found.max_users} at one owner ({found.sources['max_users']})",
             soft_wrap=True,
         )

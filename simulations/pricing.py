@@ -6,12 +6,13 @@ from typing import Any
 
 from shared.config import Scenario
 from shared.errors import InputError
-from shared.generators.family import GeneratorSpec
-from shared.generators.multvae import VaeSpec
 from shared.privacy.accounting import certified_epsilon, default_delta
-from shared.privacy.calibration import calibrate, default_max_batch
+from shared.privacy.calibration import calibrate, calibrate_statistics, default_max_batch
 from shared.privacy.releases import DpSgdRelease
+from shared.sketch.statistic import plan_sketches, relative_noise
+from shared.sketch.terms import SketchTerms
 from shared.wire.plan import RoundPlan
+from simulations.generator import needs_sketch, trains
 from simulations.owners import Federation
 
 
@@ -22,8 +23,9 @@ class Price:
     Args:
         declared_users: public total of users of the federation; sets delta.
         max_users: public bound on the users of one owner; sets the normaliser.
-        release: all steps of the run as one release, or None where epsilon is infinite.
-        epsilon: what that release costs every owner; infinity without privacy.
+        sketches: what the first rounds ask for, each with its release where epsilon is finite.
+        release: all steps of the run as one release; None where epsilon is infinite or nothing is trained.
+        epsilon: what all of it costs every owner; infinity without privacy.
         sources: where each public number came from.
     """
 
@@ -32,13 +34,33 @@ class Price:
     max_users: int
     delta: float
     epsilon: float
+    sketches: tuple[SketchTerms, ...]
     release: DpSgdRelease | None
     sources: dict[str, str]
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the run adds noise at all."""
+        return math.isfinite(self.epsilon)
 
     @property
     def users_times_epsilon(self) -> float:
         """N·ε, which with the number of owners tells what noise leaves to be learnt."""
         return self.declared_users * self.epsilon
+
+    def in_words(self) -> list[str]:
+        """Each release that the price is of."""
+        parts = [
+            f"the statistic {sketch.statistic!r} with noise multiplier {sketch.release.noise_multiplier:g}"
+            for sketch in self.sketches
+            if sketch.release is not None
+        ]
+        if self.release is not None:
+            parts.append(
+                f"{self.release.num_steps} steps with noise multiplier {self.release.noise_multiplier:g} at sample rate"
+                f" {self.release.sample_rate:g}"
+            )
+        return parts
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -47,6 +69,7 @@ class Price:
             "max_users": self.max_users,
             "delta": self.delta,
             "epsilon": self.epsilon,
+            "sketches": [sketch.to_dict() for sketch in self.sketches],
             "release": self.release.to_dict() if self.release else None,
             "sources": self.sources,
         }
@@ -86,30 +109,56 @@ def price_of(scenario: Scenario, federation: Federation) -> Price:
             f"privacy.delta is {delta:g}, above one over the {declared} declared users: it would allow one"
             f" user's history to be published whole. Use at most {default_delta(declared):.2g} (the default)."
         )
-    steps = scenario.federation.rounds * scenario.federation.local_steps
-    release = None
-    if math.isfinite(scenario.privacy.epsilon):
-        rate = scenario.privacy.sample_rate
-        release = calibrate(
-            target_epsilon=scenario.privacy.epsilon,
-            delta=delta,
-            sample_rate=rate,
-            num_steps=steps,
-            max_users=max_users,
-            max_batch=min(
-                max_users,
-                scenario.privacy.max_batch
-                or default_max_batch(max_users=max_users, sample_rate=rate, num_steps=steps, delta=delta),
-            ),
-        )
+    sketches = _sketches(scenario, federation.catalogue.num_items, delta=delta, max_users=max_users)
+    release = _training(scenario, sketches, delta=delta, max_users=max_users)
+    releases = [r for r in (*(sketch.release for sketch in sketches), release) if r is not None]
     return Price(
         num_owners=len(federation.owners),
         declared_users=declared,
         max_users=max_users,
         delta=delta,
-        epsilon=certified_epsilon([release], delta) if release else math.inf,
+        epsilon=certified_epsilon(releases, delta) if releases else math.inf,
+        sketches=sketches,
         release=release,
         sources=sources,
+    )
+
+
+def _sketches(scenario: Scenario, num_items: int, *, delta: float, max_users: int) -> tuple[SketchTerms, ...]:
+    """The releases of statistics that the generator begins from; none where it begins from chance."""
+    if not needs_sketch(scenario.generator):
+        return ()
+    planned = plan_sketches(num_items, head_items=scenario.generator.head_items)
+    if math.isinf(scenario.privacy.epsilon):
+        return planned
+    share = scenario.privacy.sketch_share if trains(scenario.generator) else 1.0
+    releases = calibrate_statistics(
+        {terms.statistic: relative_noise(terms) for terms in planned},
+        target_epsilon=share * scenario.privacy.epsilon,
+        delta=delta,
+        max_users=max_users,
+    )
+    return tuple(replace(terms, release=release) for terms, release in zip(planned, releases, strict=True))
+
+
+def _training(
+    scenario: Scenario, sketches: tuple[SketchTerms, ...], *, delta: float, max_users: int
+) -> DpSgdRelease | None:
+    """The least noise for all steps of training that what the sketches leave of epsilon allows."""
+    if math.isinf(scenario.privacy.epsilon) or not trains(scenario.generator):
+        return None
+    rate, steps = scenario.privacy.sample_rate, scenario.federation.rounds * scenario.federation.local_steps
+    cap = scenario.privacy.max_batch or default_max_batch(
+        max_users=max_users, sample_rate=rate, num_steps=steps, delta=delta
+    )
+    return calibrate(
+        target_epsilon=scenario.privacy.epsilon,
+        delta=delta,
+        sample_rate=rate,
+        num_steps=steps,
+        max_users=max_users,
+        max_batch=min(max_users, cap),
+        beside=[sketch.release for sketch in sketches if sketch.release is not None],
     )
 
 
@@ -117,9 +166,10 @@ def first_round(scenario: Scenario, price: Price, *, private: bool) -> RoundPlan
     """The plan of round 1; later rounds differ in ``server_round`` alone."""
     section = scenario.federation
     release = replace(price.release, num_steps=section.local_steps) if private and price.release else None
+    sketches = price.sketches if private else tuple(replace(sketch, release=None) for sketch in price.sketches)
     return RoundPlan(
         server_round=1,
-        num_rounds=section.rounds,
+        num_rounds=len(sketches) + (section.rounds if trains(scenario.generator) else 0),
         num_owners=price.num_owners,
         num_steps=section.local_steps,
         sample_rate=scenario.privacy.sample_rate,
@@ -128,12 +178,8 @@ def first_round(scenario: Scenario, price: Price, *, private: bool) -> RoundPlan
         learning_rate=section.client_learning_rate,
         proximal_mu=section.proximal_mu if section.strategy == "fedprox" else 0.0,
         release=release,
+        sketches=sketches,
     )
-
-
-def spec_of(scenario: Scenario, num_items: int) -> GeneratorSpec:
-    """The generator that ``scenario`` asks for, over a catalogue of ``num_items``."""
-    return VaeSpec(num_items=num_items, **scenario.generator.model_dump(exclude={"kind"}))
 
 
 def _round_up(number: int) -> int:

@@ -30,10 +30,11 @@ from shared.privacy.noise import NO_NOISE, SEEDED_NOISE
 from shared.privacy.releases import Release
 from shared.recommenders.base import Recommender, build_recommender
 from simulations.engines import run_federation
+from simulations.generator import spec_of
 from simulations.home import Arms, train_owners
 from simulations.outcomes import OwnerOutcome, SeedOutcome
 from simulations.owners import Federation, build_federation
-from simulations.pricing import Price, first_round, price_of, spec_of
+from simulations.pricing import Price, first_round, price_of
 from simulations.talk import Talk
 
 WITHOUT_PRIVACY = "without-privacy"
@@ -109,8 +110,8 @@ def run_seed(prepared: Prepared, run_dir: Path, *, talk: Talk) -> FinishedRun:
     for arm in ("federated", "federated_no_dp"):
         if arm not in scenario.study.arms:
             continue
-        private = arm == "federated" and price.release is not None
-        if arm == "federated_no_dp" and price.release is None and "federated" in generators:
+        private = arm == "federated" and price.is_private
+        if arm == "federated_no_dp" and not price.is_private and "federated" in generators:
             continue  # the same generator: copied below
         with _timed(seconds, arm):
             folder = run_dir if arm == "federated" else run_dir / WITHOUT_PRIVACY
@@ -301,7 +302,7 @@ def _record(
 ) -> dict[str, Any]:
     _, before = read_run(run_dir)
     name, sentence = regime(price.users_times_epsilon, price.num_owners)
-    private = price.release is not None and "federated" in generators
+    private = price.is_private and "federated" in generators
     return {
         **before,
         "status": "finished",
@@ -391,13 +392,12 @@ def _announce(scenario: Scenario, federation: Federation, price: Price, talk: Ta
         f"{len(federation.owners)} owners, {users} training users, {federation.catalogue.num_items} items"
         f" (catalogue {federation.catalogue.source}). Engine: {scenario.federation.engine}."
     )
-    if price.release is None:
+    if not price.is_private:
         talk.warn("epsilon is infinite: the generator is trained WITHOUT privacy and may never leave this machine.")
         return
     talk.say(
-        f"Price: epsilon {price.epsilon:.3f} at delta {price.delta:.2g} per user and owner, noise multiplier"
-        f" {price.release.noise_multiplier:g}, {price.release.num_steps} steps at sample rate"
-        f" {price.release.sample_rate:g}. Noise is {SEEDED_NOISE}: this is a simulation."
+        f"Price: epsilon {price.epsilon:.3f} at delta {price.delta:.2g} per user and owner, for"
+        f" {' and '.join(price.in_words())}. Noise is {SEEDED_NOISE}: this is a simulation."
     )
 
 

@@ -8,7 +8,8 @@ from safetensors import SafetensorError, safe_open
 
 from shared.files import sha256, write_atomically
 from shared.privacy.chain import Receipt
-from shared.privacy.releases import DpSgdRelease
+from shared.privacy.releases import release_from_dict
+from shared.wire.arrays import answered_shapes
 from shared.wire.messages import TrainJob, TrainReply
 
 # The server asks for the round after its last checkpoint, or for the one before where that
@@ -37,7 +38,7 @@ def load_reply(directory: Path, job: TrainJob) -> TrainReply | None:
         with safe_open(_path(directory, job), framework="numpy") as stored:
             fields = json.loads(stored.metadata()["reply"])
             # In the request's order: safetensors sorts names, and the reply must repeat byte for byte.
-            weights = {name: stored.get_tensor(name) for name in job.weights}
+            weights = {name: stored.get_tensor(name) for name in answered_shapes(job)}
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
     if fields["job_digest"] != job.digest:
@@ -47,7 +48,7 @@ def load_reply(directory: Path, job: TrainJob) -> TrainReply | None:
         owner=fields["owner"],
         server_round=job.plan.server_round,
         weights=weights,
-        release=DpSgdRelease.from_dict(release) if release else None,
+        release=release_from_dict(release) if release else None,
         receipt=Receipt.from_dict(receipt) if receipt else None,
         simulation_only=fields["simulation_only"],
     )

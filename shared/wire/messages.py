@@ -14,11 +14,11 @@ from shared.errors import FedAugError, InputError, RefusedError
 from shared.generators.base import Weights
 from shared.generators.family import GeneratorSpec, spec_from_dict
 from shared.privacy.chain import Receipt
-from shared.privacy.releases import DpSgdRelease
+from shared.privacy.releases import Release, release_from_dict
 from shared.wire.plan import RoundPlan
 
 # Raised whenever a message changes its meaning; both sides must have the same.
-WIRE_VERSION = "2"
+WIRE_VERSION = "3"
 
 _LONGEST_FIELD = 64 * 1024
 
@@ -140,7 +140,7 @@ class TrainReply:
     owner: str
     server_round: int
     weights: Weights
-    release: DpSgdRelease | None
+    release: Release | None
     receipt: Receipt | None
     simulation_only: Mapping[str, float]
 
@@ -180,7 +180,7 @@ class TrainReply:
             owner=owner,
             server_round=server_round,
             weights=_weights(content.array_records[WEIGHTS]),
-            release=DpSgdRelease.from_dict(release) if release else None,
+            release=release_from_dict(release) if release else None,
             receipt=Receipt.from_dict(receipt) if receipt else None,
             simulation_only={name: float(value) for name, value in metrics.items() if isinstance(value, int | float)},
         )

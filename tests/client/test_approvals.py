@@ -19,7 +19,6 @@ from client.approvals import (
     proposals,
     propose,
     require_approval,
-    whole_run,
     withdraw,
 )
 from client.rules import Refusal
@@ -244,20 +243,15 @@ def test_the_words_say_what_leaves_and_what_it_costs():
         "Run 'a-test', planned with 3 owners: 3 rounds of 2 training step(s) each.\n"
         "In a step every user takes part with a chance of 0.3. What one user can add is bounded, and noise of 1 times"
         " that bound covers it.\n"
-        "After every round the weights of a vae generator over 12 items (242 numbers, 0.0 MiB) leave this machine. No"
-        " count, loss or row leaves.\n"
+        "After every round of training the weights of a vae generator over 12 items (242 numbers, 0.0 MiB) leave this"
+        " machine.\n"
+        "No count, loss or row leaves.\n"
         "Price: epsilon 2 for this run alone, 3 for life once it is over, at delta 0.001."
     )
     assert "NOT private" in a_proposal(noise_seed=7).in_words()
     assert "nothing about your users is protected" in a_proposal(plan=terms(release=None)).in_words()
     assert "user counts leave" in a_proposal(collect_metrics=True).in_words()
     assert "\x1b" not in a_proposal(run_id="\x1b[2J").in_words()
-
-
-def test_a_run_is_priced_as_all_its_rounds():
-    assert whole_run(terms()) == replace(RELEASE, num_steps=6)
-    assert whole_run(terms(release=None)) is None
-    assert a_proposal().release == replace(RELEASE, num_steps=6)
 
 
 def test_limits_that_are_not_stated_approve_nothing():

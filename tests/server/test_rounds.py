@@ -206,7 +206,7 @@ def with_hello(**changes):
     [
         (with_hello(owner="stranger"), "'stranger' said hello but is not among the plan's 3 owners"),
         (with_hello(owner="a"), "two nodes say they are 'a'"),
-        (with_hello(versions='{"wire": "0"}'), "b speaks message version '0', the server '2'"),
+        (with_hello(versions='{"wire": "0"}'), "b speaks message version '0', the server '3'"),
         (with_hello(capabilities=["gan"]), "cannot train a 'vae'"),
         (with_hello(catalogue_hash="other"), f"b holds catalogue other, the server plans with {CATALOGUE}"),
     ],
