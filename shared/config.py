@@ -100,8 +100,9 @@ class PrivacySection(_Section):
     max_batch: PositiveInt | None = Field(
         None, description="hard cap on a batch; default: so high that it costs no epsilon"
     )
-    sketch_share: Share = Field(
-        0.5, description="part of epsilon that a sketch may cost before training; a spectral generator takes all"
+    sketch_share: Share | None = Field(
+        None,
+        description="part of epsilon that the sketch before training may cost; default: 0.5, or 0.1 for popularity alone",
     )
 
 
@@ -110,6 +111,22 @@ class DpSgdSection(_Section):
         "bookkeeping", description="how gradients are clipped by user; ghost and hooks are Opacus' own, and slower"
     )
     device: str = Field("cpu", description="where generators are trained: auto, cpu, cuda or cuda:N")
+
+
+class SequenceSection(_Section):
+    """Keys of a generator of ordered histories."""
+
+    behaviours: tuple[str, ...] = Field(
+        (), description="public names of the behaviours to tell apart, such as view, cart, buy; empty: none are"
+    )
+    architecture: Literal["transformer", "gru"] = Field("gru", description="what reads a history in order")
+    size: PositiveInt = Field(64, description="width")
+    num_layers: PositiveInt = Field(1, description="layers")
+    num_heads: PositiveInt = Field(2, description="heads of the transformer's attention")
+    max_length: PositiveInt = Field(50, description="events of a user that a training step reads")
+    gap_edges: tuple[PositiveInt, ...] = Field(
+        (60, 3600, 86_400, 604_800, 2_592_000), description="where buckets of the time between events end, in seconds"
+    )
 
 
 class GeneratorSection(_Section):
@@ -130,6 +147,7 @@ class GeneratorSection(_Section):
     kl_anneal_share: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="share of the steps that ramp the KL")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="of the items a user shows the encoder")
     popularity_scale: Finite = Field(5.0, description="how much of the clipped gradient goes to item popularity")
+    sequence: SequenceSection = SequenceSection()
 
 
 class AugmentationSection(_Section):

@@ -7,7 +7,8 @@ import numpy as np
 
 from shared.config import Columns, DataSection, Scenario
 from shared.data.catalogue import Catalogue, catalogue_from
-from shared.data.indexing import IndexedUsers, index_users
+from shared.data.histories import Histories
+from shared.data.indexing import IndexedUsers, events_of, index_events, index_users
 from shared.data.interactions import Interactions
 from shared.data.readers import read_interactions
 from shared.data.splits import Split, split_histories, time_cut
@@ -21,11 +22,17 @@ SAMPLE_CATALOGUE = Path(__file__).parent / "sample" / "catalogue.json"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OwnerData:
-    """One simulated owner of ``num_users`` users; ``name`` serves as a folder's name."""
+    """One simulated owner of ``num_users`` users; ``name`` serves as a folder's name.
+
+    Args:
+        training: what its generator learns from: the training histories, or where behaviours are told apart, the
+            events behind them.
+    """
 
     name: str
     split: Split
     num_users: int
+    training: Histories
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +66,8 @@ def build_federation(scenario: Scenario, *, seed: int) -> Federation:
             f"data.num_owners={data.num_owners}, but a federation has at least federation.min_owners="
             f"{scenario.federation.min_owners} owners. Raise data.num_owners; who is alone trains alone."
         )
-    interactions = _read(data)
+    everything = _read(data)
+    interactions = everything.counting(data.behaviours) if data.path else everything
     catalogue, assumed_public = _catalogue(data, interactions)
     users = index_users(
         interactions,
@@ -70,6 +78,7 @@ def build_federation(scenario: Scenario, *, seed: int) -> Federation:
         outside_catalogue=data.outside_catalogue if data.top_items is None else "count",
         by_institution=data.split == "institution",
     )
+    events = _events(scenario, everything, users, catalogue)
     parts = partition_users(
         users,
         kind=data.split,
@@ -100,17 +109,34 @@ def build_federation(scenario: Scenario, *, seed: int) -> Federation:
             )
         except InputError as error:
             raise InputError(f"owner {name}: {error}") from None
-        owners.append(OwnerData(name, split, len(positions)))
+        owners.append(OwnerData(name, split, len(positions), _training(split, events, positions, cut)))
     return Federation(catalogue, tuple(owners), assumed_public, _counts(interactions, users, parts))
+
+
+def _events(
+    scenario: Scenario, everything: Interactions, users: IndexedUsers, catalogue: Catalogue
+) -> Histories | None:
+    """Each user's events of the behaviours that the generator tells apart; None where it tells none apart."""
+    behaviours = scenario.generator.sequence.behaviours
+    if scenario.generator.kind != "sequence" or not behaviours:
+        return None
+    bound = scenario.data.max_items_per_user
+    found = index_events(everything, users, catalogue, behaviours=behaviours, max_items_per_user=bound)
+    return found.histories
+
+
+def _training(split: Split, events: Histories | None, positions: np.ndarray, cut: int | None) -> Histories:
+    if events is None or split.train_users is None:
+        return split.train
+    return events_of(events, split.train, positions[split.train_users], cut=cut)
 
 
 def _read(data: DataSection) -> Interactions:
     if not data.path:
         return read_interactions(SAMPLE, columns=Columns())
-    interactions = read_interactions(
+    return read_interactions(
         data.path, columns=data.columns, format=data.format, table=data.table, skip_bad_rows=data.skip_bad_rows
     )
-    return interactions.counting(data.behaviours)
 
 
 def _catalogue(data: DataSection, interactions: Interactions) -> tuple[Catalogue, dict[str, str | int]]:

@@ -201,7 +201,7 @@ def _prepare(scenario: Scenario, federation: Federation, price: Price, run_dir: 
         # Not on resuming: a ledger that was lost since must stop the run, not begin again at epsilon 0.
         if not (run_dir / "plan.json").exists():
             begin_ledger(folder, policy)
-        owner.split.train.save(folder / "train.npz")
+        owner.training.save(folder / "train.npz")
     plan.save(run_dir)
 
 

@@ -20,6 +20,7 @@ class Split:
     Args:
         train: histories to train on.
         fold_in, targets: the same test users, row for row; both rows of a user are non-empty.
+        train_users: rows of ``train`` in the histories that were split; None where the parts were made by hand.
     Raises:
         LeakError: a user's target is also in its fold-in.
     """
@@ -27,6 +28,7 @@ class Split:
     train: Histories
     fold_in: Histories
     targets: Histories
+    train_users: IntArray | None = None
 
     def __post_init__(self) -> None:
         if self.fold_in.num_users != self.targets.num_users:
@@ -139,7 +141,7 @@ def _by_users(
     test_users = np.sort(rng.permutation(eligible)[:num_test])
     train_users = np.setdiff1d(np.arange(histories.num_users), test_users)
     tested = histories.select(test_users)
-    split = Split(histories.select(train_users), *show_part(tested, fold_in_share, rng=rng))
+    split = Split(histories.select(train_users), *show_part(tested, fold_in_share, rng=rng), train_users)
     assert_users_disjoint(train_users, test_users)
     assert_no_leak(split, train_users, test_users)
     return split
@@ -152,8 +154,9 @@ def _by_last(histories: Histories) -> Split:
         raise InputError('study.holdout = "last" needs a user with 2 or more items; there is none.')
     is_last = (_places(histories) == np.repeat(lengths, lengths) - 1) & (np.repeat(lengths, lengths) >= 2)
     train = histories.keep(~is_last)
-    split = Split(train, train.select(test_users), histories.keep(is_last).select(test_users))
-    assert_no_leak(split, np.arange(histories.num_users), test_users)
+    everyone = np.arange(histories.num_users)
+    split = Split(train, train.select(test_users), histories.keep(is_last).select(test_users), everyone)
+    assert_no_leak(split, everyone, test_users)
     return split
 
 
@@ -169,7 +172,7 @@ def _by_time(histories: Histories, cut: int) -> Split:
             f"no user has interactions both before and after the cut at {cut} (epoch seconds)."
             ' Use another study.holdout_share, fewer owners, or study.holdout = "users".'
         )
-    split = Split(early.select(train_users), early.select(test_users), late.select(test_users))
+    split = Split(early.select(train_users), early.select(test_users), late.select(test_users), train_users)
     assert_no_leak(split, train_users, test_users, cut=cut)
     return split
 
