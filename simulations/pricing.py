@@ -15,7 +15,7 @@ from shared.wire.plan import RoundPlan
 from simulations.generator import needs_sketch, trains
 from simulations.owners import Federation
 
-# Of epsilon, where the scenario does not say. Gaussian mechanisms compose by the squares of their noise, so that half of
+# Of epsilon, where the scenario does not say. Gaussian mechanisms compose by the squares of their noise: half of
 # epsilon for a sketch leaves training with 15 % more noise than all of it would (epsilon 8, 100 steps at rate 0.2).
 _SKETCH_SHARE, _POPULARITY_SHARE = 0.5, 0.1
 
