@@ -98,6 +98,24 @@ def test_public_weights_decide(tmp_path):
     assert moved_by(tmp_path) == pytest.approx((8 * 1 + 2 + 3) / 10, abs=1e-6)
 
 
+def test_what_is_delivered_may_be_an_average_that_training_does_not_see(tmp_path):
+    # Owners move every weight by 2 a round. By hand, keeping 1/10, 2/11 and min(0.2, 3/12) of the average before:
+    average = 0.0
+    for kept, weight in ((1 / 10, 2.0), (2 / 11, 4.0), (0.2, 6.0)):
+        average = kept * average + (1 - kept) * weight
+    grid, plan = federation(tmp_path, average_decay=0.2, terms=terms(num_rounds=3))
+    run_rounds(grid, tmp_path)
+    assert moved_by(tmp_path) == pytest.approx(average, abs=1e-5)
+    last = load_checkpoint(tmp_path, plan_digest=plan.digest)
+    start = initial_weights(SPEC, 7)
+    assert all(np.allclose(last.weights[name] - start[name], 6.0, atol=1e-5) for name in start)
+
+
+def test_an_average_that_never_forgets_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"average_decay must lie in \[0, 1\)"):
+        federation(tmp_path, average_decay=1.0)
+
+
 class FirstToLast(InProcessGrid):
     def send_and_receive(self, messages, *, timeout=None):
         replies = super().send_and_receive(messages, timeout=timeout)
