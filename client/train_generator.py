@@ -19,7 +19,7 @@ from shared.dpsgd.sampling import draw_users
 from shared.errors import InputError
 from shared.generators.base import Weights
 from shared.generators.family import GeneratorSpec, model_from
-from shared.privacy.releases import DpSgdRelease
+from shared.privacy.releases import DpSgdRelease, Release
 from shared.wire.plan import RoundPlan
 
 
@@ -34,7 +34,7 @@ class TrainedRound:
     """
 
     weights: Weights
-    release: DpSgdRelease | None
+    release: Release | None
     loss: float
     num_zeroed: int
 

@@ -1,0 +1,356 @@
+"""Write an owner's rows with synthetic ones beside them, each with its class."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+
+from shared.augmentation.enrichment import densified, new_users, of_mass, transformed
+from shared.augmentation.filters import coherent, novel, unlike
+from shared.augmentation.lineage import EXPORTABLE, INTERNAL, Form, synthetic_table, write_tables
+from shared.augmentation.neighbours import neighbour_table
+from shared.augmentation.operators import Operators
+from shared.augmentation.synthesis import Condition
+from shared.augmentation.tracing import Traced, derive, private
+from shared.config import Columns
+from shared.data.catalogue import Catalogue
+from shared.data.histories import Histories
+from shared.data.indexing import IndexedUsers, index_events, index_users
+from shared.data.interactions import Interactions
+from shared.data.readers import read_interactions
+from shared.errors import InputError, LeakError, RefusedError
+from shared.generators.card import Generator, load_generator
+
+Mode = Literal["new-users", "tail", "densify", "operators"]
+
+_TRAIN = "train"
+_PLAIN_BEHAVIOUR = "interaction"
+_NUM_NEIGHBOURS = 20
+_READABLE = (".parquet", ".pq", ".csv", ".tsv", ".txt", ".inter", ".data", ".dat")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What is put beside the real rows.
+
+    Args:
+        mode: ``new-users`` and ``tail`` add users of the generator (``tail`` lifts rare items), ``densify`` adds items
+            to short real histories, ``operators`` adds a transformed copy of each real history.
+        users: synthetic users drawn; in the last two modes those that are looked at for similar users and items.
+        items_per_user: public mean length of their histories.
+        tail: for ``tail``: see :class:`Condition`.
+        operators: for ``operators``.
+        shorter_than, added: for ``densify``: users with fewer interactions are given so many items.
+        weight: synthetic ÷ real interactions: only the first of the users drawn, up to this, are kept.
+        max_similarity: users more alike than this (Jaccard's) to one another or to a real user are left out.
+        min_lift: users whose items go together less than this are left out, see :func:`coherent`.
+    Raises:
+        InputError: a wish does not belong to the mode.
+    """
+
+    mode: Mode
+    users: int = 1000
+    items_per_user: int = 50
+    tail: float = 0.5
+    operators: Operators | None = None
+    shorter_than: int = 10
+    added: int = 5
+    weight: float | None = None
+    max_similarity: float | None = None
+    min_lift: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise InputError(f"augment: unknown mode {self.mode!r}; choose from {', '.join(get_args(Mode))}.")
+        if (self.mode == "operators") != (self.operators is not None):
+            raise InputError(
+                "augment: operators, such as mask:0.2, are needed with mode operators, and belong to no other mode;"
+                f" this is {self.mode} with {'none' if self.operators is None else 'some'}."
+            )
+        if self.mode in ("densify", "operators"):
+            for name in ("weight", "max_similarity", "min_lift"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"augment: {name} chooses among new users, and mode {self.mode} makes none.")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Owned:
+    """An owner's rows, and its training users as histories.
+
+    Args:
+        rows: all of the file.
+        has_split: whether the file says what is held out; the label stands where institutions would.
+        is_train: shape ``(num_rows,)``; the others are held out, and in nothing but ``rows``.
+        users: training users and their distinct items.
+        events: the same users; with behaviours, where the file has them, every (item, behaviour).
+        behaviours: names of the codes in ``events``.
+    """
+
+    rows: Interactions
+    has_split: bool
+    is_train: np.ndarray[Any, np.dtype[np.bool_]]
+    users: IndexedUsers
+    events: Histories
+    behaviours: tuple[str, ...]
+
+
+def augment(
+    data: Path,
+    generator: Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    form: Form,
+    seed: int,
+    export: bool = False,
+    columns: Columns | None = None,
+    behaviours: tuple[str, ...] = (),
+    skip_bad_rows: bool = False,
+) -> dict[str, Any]:
+    """Write to ``out`` all rows of ``data`` and those that ``recipe`` makes with the generator in ``generator``.
+
+    Columns: ``user_id``, ``item_id``, ``timestamp``, ``behaviour`` and ``split`` where the data has them, and
+    ``synthetic``, ``generator_id`` (empty for real rows, ``operators`` where no generator had a part), ``lineage``.
+    Where real rows have times and new users have none, theirs count from 0: the order is told, and every split by time
+    takes them for training. Where real rows have behaviours and new users have none, theirs is ``interaction``.
+
+    A column ``split`` says what is held out: rows whose value is not ``train`` are written as they are and read for
+    nothing else.
+
+    Args:
+        data: Parquet, CSV or RecBole file of the owner's interactions; never changed.
+        seed: of all fresh randomness; it protects nobody.
+        export: refuse instead of writing rows that must stay at home.
+        columns: what ``data`` calls its columns.
+        behaviours: public names of the generator's behaviour codes, where it has any.
+        skip_bad_rows: leave bad rows out, counted, where they are otherwise refused.
+    Returns: ``out``, ``mode``, ``generator_id``, ``rows`` by kind, ``lineage`` (rows by class) and ``left_out`` (counts
+        by reason); for the owner's eyes.
+    Guarantee:
+        Real rows, and rows of whatever was made, chosen or counted by looking at them, are marked ``internal``.
+        ``out`` is the old file or the whole new one.
+    Raises:
+        InputError: the data or the generator cannot be used, or ``out`` is one of them.
+        RefusedError: ``export`` was asked for.
+    """
+    _check_out(out, data, generator)
+    trained = load_generator(generator)
+    owned = _read(data, trained, columns or Columns(), skip_bad_rows=skip_bad_rows)
+    if export:
+        raise RefusedError(
+            f"--export: {data} has {owned.rows.num_rows:,} rows of real users, which are internal, and so is every row"
+            f" that was made or chosen by them. For rows that may leave, use `fedaug synthesize --generator {generator}"
+            " --export`, which looks at no user; or leave --export out, and keep the file at home."
+        )
+    made = _added_rows(recipe, trained, owned, seed=seed, behaviours=behaviours)
+    real = _real_rows(owned)
+    table = pa.concat_tables([real, _like(made, real)])
+    write_tables(out, [_coded(table)], form)
+    num_exportable = pc.sum(pc.equal(table.column("lineage"), EXPORTABLE)).as_py()
+    return {
+        "out": str(out),
+        "mode": recipe.mode,
+        "generator_id": trained.generator_id,
+        "rows": {
+            "real": int(owned.is_train.sum()),
+            "held out": int((~owned.is_train).sum()),
+            "synthetic": made.num_rows,
+        },
+        "lineage": {EXPORTABLE: num_exportable, INTERNAL: table.num_rows - num_exportable},
+        "left_out": {reason: count for reason, count in {**owned.rows.skipped, **owned.users.counts}.items() if count},
+    }
+
+
+# --- reading -------------------------------------------------------------------------------------------------
+
+
+def _check_out(out: Path, data: Path, generator: Path) -> None:
+    same = out.resolve() == data.resolve() or (out.exists() and data.exists() and out.samefile(data))
+    if same or out.resolve().parent == generator.resolve():
+        raise InputError(f"--out {out} would overwrite what is read. Give another path.")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}. Create it first.")
+
+
+def _read(data: Path, generator: Generator, columns: Columns, *, skip_bad_rows: bool) -> _Owned:
+    header = _header(data)
+    has_split = "split" in header
+    if "synthetic" in header:
+        raise InputError(
+            f"{data} has a column synthetic: it was augmented before, and synthetic users must not be taken for real"
+            " ones. Give the file it was made from."
+        )
+    # An institution is a label of every row, which is what the split is here; institutions are not asked for.
+    split = columns.model_copy(update={"institution": "split"}) if has_split else columns
+    try:
+        rows = read_interactions(data, columns=split, skip_bad_rows=skip_bad_rows)
+    except InputError as error:
+        raise InputError(str(error).replace("institution is missing", "split is missing")) from None
+    is_train = _training_rows(rows, data) if has_split else np.ones(rows.num_rows, dtype=bool)
+    train = rows.keep(is_train)
+    catalogue = Catalogue(generator.item_ids, str(generator.card.catalogue.get("version", "of the generator")))
+    outside = catalogue.positions(train.items.labels)[train.items.codes] < 0
+    if outside.all():
+        raise InputError(
+            f"{data}: none of its {train.num_rows:,} rows names one of the generator's {len(generator.item_ids)} items,"
+            f" such as {generator.item_ids[0]!r}. Give the data whose catalogue the generator was trained on."
+        )
+    bound = generator.card.max_items_per_user
+    users = index_users(train, catalogue, min_interactions=1, max_items_per_user=bound, outside_catalogue="count")
+    if train.behaviours is None:
+        return _Owned(rows, has_split, is_train, users, users.histories, ())
+    names = tuple(train.behaviours.labels.take(pa.array(np.unique(train.behaviours.codes))).to_pylist())
+    events = index_events(train, users, catalogue, behaviours=names, max_items_per_user=bound)
+    return _Owned(rows, has_split, is_train, users, events.histories, names)
+
+
+def _header(data: Path) -> list[str]:
+    """Names of the columns; none where the reader will say what is wrong."""
+    suffix = (data.with_suffix("") if data.suffix == ".gz" else data).suffix.lower()
+    if suffix not in _READABLE:
+        raise InputError(f"{data}: augment reads Parquet, CSV and RecBole files. Export the table to one of them.")
+    try:
+        if suffix in (".parquet", ".pq"):
+            return list(pyarrow.parquet.read_schema(data).names)
+        with pa.input_stream(data) as stream:
+            line = stream.read(1 << 20).split(b"\n", 1)[0].decode("utf-8-sig", errors="replace")
+    except (OSError, pa.ArrowException):
+        return []
+    return [re.sub(r":\w+$", "", name.strip().strip('"')) for name in re.split(r"[,;\t|]", line)]
+
+
+def _training_rows(rows: Interactions, data: Path) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    parts = rows.institutions
+    labels = [] if parts is None else parts.labels.to_pylist()
+    if parts is None or _TRAIN not in labels:
+        raise InputError(f"{data}: no row has {_TRAIN} in its column split, but {', '.join(labels[:5]) or 'nothing'}.")
+    is_train: np.ndarray[Any, np.dtype[np.bool_]] = parts.codes == labels.index(_TRAIN)
+    used = rows.keep(is_train).institutions
+    if used is None or set(used.labels.take(pa.array(np.unique(used.codes))).to_pylist()) != {_TRAIN}:
+        raise LeakError(f"{data}: rows that are held out were about to be used. Report this as a bug.")
+    return is_train
+
+
+# --- making --------------------------------------------------------------------------------------------------
+
+
+def _added_rows(
+    recipe: Recipe, generator: Generator, owned: _Owned, *, seed: int, behaviours: tuple[str, ...]
+) -> pa.Table:
+    if recipe.operators is not None:
+        return _copies(recipe, recipe.operators, generator, owned, seed=seed)
+    drawn = _drawn(recipe, generator, seed)
+    if recipe.mode == "densify":
+        events = private(owned.events)
+        denser = densified(events, drawn, shorter_than=recipe.shorter_than, added=recipe.added, seed=seed)
+        return _rows_added_to(owned, denser, generator)
+    chosen = _chosen(recipe, drawn, private(owned.users.histories))
+    return _rows_of(chosen, generator, behaviours, made_by=generator.generator_id)
+
+
+def _drawn(recipe: Recipe, generator: Generator, seed: int) -> Traced[Histories]:
+    condition = Condition(tail=recipe.tail) if recipe.mode == "tail" else None
+    return new_users(
+        generator, num_users=recipe.users, items_per_user=recipe.items_per_user, seed=seed, condition=condition
+    )
+
+
+def _copies(recipe: Recipe, operators: Operators, generator: Generator, owned: _Owned, *, seed: int) -> pa.Table:
+    events = private(owned.events)
+    if not operators.need_neighbours:
+        copies = transformed(events, operators, seed=seed)
+        return _rows_of(copies, generator, owned.behaviours, made_by="operators")
+    count = min(_NUM_NEIGHBOURS, len(generator.item_ids) - 1)
+    drawn = _drawn(recipe, generator, seed)
+    table = derive(lambda users: neighbour_table(users, num_neighbours=count), drawn)
+    copies = transformed(events, operators, seed=seed, neighbours=table)
+    return _rows_of(copies, generator, owned.behaviours, made_by=generator.generator_id)
+
+
+def _chosen(recipe: Recipe, users: Traced[Histories], real: Traced[Histories]) -> Traced[Histories]:
+    if recipe.min_lift is not None:
+        users = coherent(users, min_lift=recipe.min_lift)
+    if recipe.max_similarity is not None:
+        users = novel(users, max_similarity=recipe.max_similarity)
+        users = unlike(users, real, max_similarity=recipe.max_similarity)
+    if recipe.weight is not None:
+        users = of_mass(users, real, weight=recipe.weight)
+    return users
+
+
+def _rows_added_to(owned: _Owned, denser: Traced[Histories], generator: Generator) -> pa.Table:
+    """The interactions of ``denser`` that the owner's own users did not have."""
+    had, has = (
+        np.repeat(np.arange(users.num_users), users.lengths()) * users.num_items + users.items
+        for users in (owned.events, denser.value)
+    )
+    added = derive(lambda users: users.keep(~np.isin(has, had)), denser)
+    names = pa.array(np.repeat(owned.users.user_ids, added.value.lengths()), pa.string())
+    table = _rows_of(added, generator, owned.behaviours, made_by=generator.generator_id)
+    return table.set_column(0, "user_id", names)
+
+
+# --- rows ----------------------------------------------------------------------------------------------------
+
+
+def _real_rows(owned: _Owned) -> pa.Table:
+    rows = owned.rows
+    columns: dict[str, Any] = {
+        "user_id": rows.users.labels.take(pa.array(rows.users.codes)),
+        "item_id": rows.items.labels.take(pa.array(rows.items.codes)),
+    }
+    if rows.timestamps is not None:
+        columns["timestamp"] = pa.array(rows.timestamps)
+    if rows.behaviours is not None:
+        columns["behaviour"] = rows.behaviours.labels.take(pa.array(rows.behaviours.codes))
+    if owned.has_split and rows.institutions is not None:
+        columns["split"] = rows.institutions.labels.take(pa.array(rows.institutions.codes))
+    columns["synthetic"] = pa.array(np.zeros(rows.num_rows, dtype=bool))
+    columns["generator_id"] = _repeated("", rows.num_rows)
+    columns["lineage"] = _repeated(INTERNAL, rows.num_rows)
+    return pa.table(columns)
+
+
+def _like(made: pa.Table, real: pa.Table) -> pa.Table:
+    """``made`` with the columns of ``real``."""
+    places = np.empty(0, dtype=np.int64)
+    if "timestamp" not in made.column_names:
+        # Codes are given in order of appearance, and a user's rows stand together.
+        counts = np.bincount(made.column("user_id").combine_chunks().dictionary_encode().indices.to_numpy())
+        places = np.arange(made.num_rows) - np.repeat(np.cumsum(counts) - counts, counts)
+    fallback = {
+        "timestamp": pa.array(places),
+        "behaviour": _repeated(_PLAIN_BEHAVIOUR, made.num_rows),
+        "split": _repeated(_TRAIN, made.num_rows),
+    }
+    return pa.table(
+        {name: made.column(name) if name in made.column_names else fallback[name] for name in real.column_names}
+    )
+
+
+def _rows_of(users: Traced[Histories], generator: Generator, behaviours: tuple[str, ...], *, made_by: str) -> pa.Table:
+    """Their rows, with texts in place of dictionaries, so that tables with other dictionaries can go before."""
+    table = synthetic_table(
+        users.value, generator.item_ids, generator_id=made_by, exportable=users.exportable, behaviours=behaviours
+    )
+    kinds = [field.type.value_type if pa.types.is_dictionary(field.type) else field.type for field in table.schema]
+    return table.cast(pa.schema(list(zip(table.column_names, kinds, strict=True))))
+
+
+def _coded(table: pa.Table) -> pa.Table:
+    """``table`` with dictionaries in place of texts, as files are written from."""
+    return pa.table(
+        {
+            name: column.dictionary_encode() if pa.types.is_string(column.type) else column
+            for name, column in zip(table.column_names, table.columns, strict=True)
+        }
+    )
+
+
+def _repeated(text: str, count: int) -> pa.Array:
+    return pa.array([text], pa.string()).take(pa.array(np.zeros(count, dtype=np.int64)))
