@@ -109,7 +109,6 @@ def augment(
     seed: int,
     export: bool = False,
     columns: Columns | None = None,
-    behaviours: tuple[str, ...] = (),
     skip_bad_rows: bool = False,
 ) -> dict[str, Any]:
     """Write to ``out`` all rows of ``data`` and those that ``recipe`` makes with the generator in ``generator``.
@@ -127,7 +126,6 @@ def augment(
         seed: of all fresh randomness; it protects nobody.
         export: refuse instead of writing rows that must stay at home.
         columns: what ``data`` calls its columns.
-        behaviours: public names of the generator's behaviour codes, where it has any.
         skip_bad_rows: leave bad rows out, counted, where they are otherwise refused.
     Returns: ``out``, ``mode``, ``generator_id``, ``rows`` by kind, ``lineage`` (rows by class) and ``left_out`` (counts
         by reason); for the owner's eyes.
@@ -147,7 +145,7 @@ def augment(
             f" that was made or chosen by them. For rows that may leave, use `fedaug synthesize --generator {generator}"
             " --export`, which looks at no user; or leave --export out, and keep the file at home."
         )
-    made = _added_rows(recipe, trained, owned, seed=seed, behaviours=behaviours)
+    made = _added_rows(recipe, trained, owned, seed=seed)
     real = _real_rows(owned)
     table = pa.concat_tables([real, _like(made, real)])
     write_tables(out, [_coded(table)], form)
@@ -239,9 +237,7 @@ def _training_rows(rows: Interactions, data: Path) -> np.ndarray[Any, np.dtype[n
 # --- making --------------------------------------------------------------------------------------------------
 
 
-def _added_rows(
-    recipe: Recipe, generator: Generator, owned: _Owned, *, seed: int, behaviours: tuple[str, ...]
-) -> pa.Table:
+def _added_rows(recipe: Recipe, generator: Generator, owned: _Owned, *, seed: int) -> pa.Table:
     if recipe.operators is not None:
         return _copies(recipe, recipe.operators, generator, owned, seed=seed)
     drawn = _drawn(recipe, generator, seed)
@@ -250,7 +246,7 @@ def _added_rows(
         denser = densified(events, drawn, shorter_than=recipe.shorter_than, added=recipe.added, seed=seed)
         return _rows_added_to(owned, denser, generator)
     chosen = _chosen(recipe, drawn, private(owned.users.histories))
-    return _rows_of(chosen, generator, behaviours, made_by=generator.generator_id)
+    return _rows_of(chosen, generator, generator.card.behaviours, made_by=generator.generator_id)
 
 
 def _drawn(recipe: Recipe, generator: Generator, seed: int) -> Traced[Histories]:

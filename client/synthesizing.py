@@ -13,10 +13,10 @@ import pyarrow.parquet
 
 from client.screen import warn
 from shared.augmentation.lineage import EXPORTABLE, INTERNAL, Form, synthetic_tables, write_tables
-from shared.augmentation.synthesis import Condition, LengthShares, synthesise_blocks
+from shared.augmentation.synthesis import Condition, synthesise_blocks
 from shared.data.histories import Histories
 from shared.errors import InputError, RefusedError
-from shared.generators.card import GeneratorCard, load_generator
+from shared.generators.card import TUNED_AT_HOME, GeneratorCard, load_generator
 from shared.privacy.noise import LOCAL_NOISE, NO_NOISE, SEEDED_NOISE
 
 _MOST_NAMED = 20
@@ -32,8 +32,6 @@ def synthesize(
     seed: int,
     condition: Condition | None = None,
     segment: tuple[Path, str] | None = None,
-    lengths: LengthShares | None = None,
-    behaviours: Sequence[str] = (),
     export: bool = False,
 ) -> dict[str, Any]:
     """Draw users from the generator in ``directory`` into the file ``out``, a block at a time.
@@ -41,11 +39,9 @@ def synthesize(
     Rows of a generator that is not exportable are marked internal, with a warning on stderr.
 
     Args:
-        items_per_user: public mean length, cut to the generator's bound; not read where ``lengths`` is given.
+        items_per_user: public mean length, cut to the generator's bound; not read where its card tells lengths.
         condition: which users to draw.
         segment: a public file and the attribute whose items they should favour, see :func:`read_segment`.
-        lengths: released distribution of lengths.
-        behaviours: names of the generator's behaviours.
         export: the rows are to leave, so a generator that is not exportable is refused.
     Returns:
         what was written: out, users, interactions, generator_id, lineage.
@@ -71,7 +67,7 @@ def synthesize(
             items_per_user=min(items_per_user, bound),
             max_items_per_user=bound,
             seed=seed,
-            lengths=lengths,
+            lengths=generator.card.lengths,
             condition=wanted,
         )
     )
@@ -80,7 +76,7 @@ def synthesize(
         generator.item_ids,
         generator_id=generator.generator_id,
         exportable=not obstacles,
-        behaviours=behaviours,
+        behaviours=generator.card.behaviours,
     )
     write_tables(out, tables, form)
     if obstacles:
@@ -99,7 +95,12 @@ def export_obstacles(card: GeneratorCard) -> tuple[str, ...]:
     if card.exportable:
         return ()
     found = []
-    if card.noise == SEEDED_NOISE:
+    if card.noise == TUNED_AT_HOME:
+        found.append(
+            "An owner's own users taught it after it was received, without noise. Draw from the generator as it was"
+            " received."
+        )
+    elif card.noise == SEEDED_NOISE:
         found.append(
             "Its noise is seeded, so anybody can repeat and subtract it: it is from a simulation. Train with real"
             " owners, whose agents seed nothing."
@@ -108,15 +109,15 @@ def export_obstacles(card: GeneratorCard) -> tuple[str, ...]:
         found.append("It was trained without privacy: epsilon is infinite. Train with a finite privacy.epsilon.")
     elif card.noise != LOCAL_NOISE:
         found.append(
-            f"Its card calls the noise {card.noise!r}, which protects nobody. Draw from the generator that was"
-            " delivered, before anything was done to it at home."
+            f"Its card calls the noise {card.noise!r}, which this version does not know to protect anybody. Use the"
+            " version of fedaug that wrote the card."
         )
     if card.catalogue.get("source") == "assumed public":
         found.append(
             "Its catalogue was read off the users' data, so that naming an item tells that somebody used it. Train with"
             " a public item list in data.catalogue."
         )
-    return tuple(found) or ("Its card says that it must stay. Draw from the generator that was delivered.",)
+    return tuple(found) or ("Its card says that it must stay. Ask whoever delivered it why.",)
 
 
 def read_segment(path: Path, attribute: str, item_ids: Sequence[str]) -> tuple[int, ...]:

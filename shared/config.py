@@ -102,7 +102,7 @@ class PrivacySection(_Section):
     )
     sketch_share: Share | None = Field(
         None,
-        description="part of epsilon that the sketch before training may cost; default: 0.5, or 0.1 for popularity alone",
+        description="part of epsilon for the sketch before training; default: 0.5, or 0.1 for popularity alone",
     )
 
 
@@ -111,6 +111,22 @@ class DpSgdSection(_Section):
         "bookkeeping", description="how gradients are clipped by user; ghost and hooks are Opacus' own, and slower"
     )
     device: str = Field("cpu", description="where generators are trained: auto, cpu, cuda or cuda:N")
+
+
+class GanSection(_Section):
+    """Keys of a generator that learns from a discriminator, which alone sees users."""
+
+    loss: Literal["bce", "hinge", "wasserstein"] = Field("hinge", description="of the discriminator")
+    weight_clip: Finite = Field(0.1, description="for wasserstein: largest weight of the discriminator")
+    discriminator_size: PositiveInt = Field(128, description="width of the discriminator")
+    discriminators: Literal["aggregated", "local"] = Field(
+        "aggregated", description="averaged like the generator, or kept by every owner"
+    )
+    fakes: PositiveInt = Field(100, description="rows of the generator in every step of the discriminator")
+    generator_steps: PositiveInt = Field(1, description="steps of the generator after each of the discriminator")
+    generator_rate_share: Finite = Field(1.0, description="learning rate of the generator ÷ the discriminator's")
+    items_shown: PositiveInt = Field(20, description="public mean length of what the discriminator is shown of a user")
+    input_scale: Finite = Field(10.0, description="L2 norm of what the discriminator is shown of a user")
 
 
 class SequenceSection(_Section):
@@ -130,7 +146,7 @@ class SequenceSection(_Section):
 
 
 class GeneratorSection(_Section):
-    kind: Literal["vae"] = Field("vae", description="model of user behaviour")
+    kind: Literal["vae", "gan", "sequence", "spectral"] = Field("vae", description="model of user behaviour")
     warm_start: Literal["none", "popularity", "spectral"] = Field(
         "none", description="begin training from a released statistic: how popular items are, or which go together too"
     )
@@ -139,7 +155,9 @@ class GeneratorSection(_Section):
     )
     hidden_size: PositiveInt = Field(100, description="width of encoder and decoder")
     latent_size: PositiveInt = Field(32, description="dimensions of the latent space")
-    prior: Literal["gaussian", "mixture"] = Field("mixture", description="mixture is trained with the model")
+    prior: Literal["gaussian", "mixture", "flow"] = Field(
+        "mixture", description="of latents: mixture and flow are trained with the model"
+    )
     num_components: PositiveInt = Field(32, description="Gaussians of the mixture")
     kl_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         0.2, description="weight of the divergence from the prior"
@@ -147,6 +165,7 @@ class GeneratorSection(_Section):
     kl_anneal_share: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="share of the steps that ramp the KL")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="of the items a user shows the encoder")
     popularity_scale: Finite = Field(5.0, description="how much of the clipped gradient goes to item popularity")
+    gan: GanSection = GanSection()
     sequence: SequenceSection = SequenceSection()
 
 

@@ -1,14 +1,31 @@
 """What the generator section of a scenario asks for."""
 
+from typing import Any
+
 from shared.config import GeneratorSection, Scenario
 from shared.generators.family import GeneratorSpec, spec_from_dict
+
+_OF_VAE = ("hidden_size", "latent_size", "prior", "num_components", "kl_weight", "kl_anneal_share", "dropout")
 
 
 def spec_of(scenario: Scenario, num_items: int) -> GeneratorSpec:
     """The generator that ``scenario`` asks for, over a catalogue of ``num_items``."""
     section = scenario.generator
-    own = {"kind", "warm_start", "head_items"}
-    return spec_from_dict({"kind": section.kind, "num_items": num_items, **section.model_dump(exclude=own)})
+    values: dict[str, Any] = {"kind": section.kind, "num_items": num_items}
+    if section.kind != "spectral":
+        values["popularity_scale"] = section.popularity_scale
+    match section.kind:
+        case "vae":
+            values |= {name: getattr(section, name) for name in _OF_VAE}
+        case "gan":
+            values |= {"hidden_size": section.hidden_size, "latent_size": section.latent_size}
+            values |= section.gan.model_dump()
+        case "sequence":
+            values |= section.sequence.model_dump(exclude={"behaviours"})
+            values |= {"dropout": section.dropout, "num_behaviours": max(1, len(section.sequence.behaviours))}
+        case "spectral":
+            values["latent_size"] = section.latent_size
+    return spec_from_dict(values)
 
 
 def trains(section: GeneratorSection) -> bool:

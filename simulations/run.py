@@ -11,12 +11,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import safetensors.numpy
+
 from client.policy import DpSgd
 from client.setup import begin_ledger, simulated_policy
 from client.state import LEDGER
 from client.store.lifetime import LifetimeLedger
 from server.checkpoints import read_state
 from server.plan import FederationPlan
+from server.sketches import SKETCH_FILE
 from shared.augmentation.lineage import encode_table, synthetic_table
 from shared.augmentation.synthesis import synthesise_users
 from shared.augmentation.weighting import default_weight, regime
@@ -25,6 +28,7 @@ from shared.data.histories import Histories
 from shared.errors import InputError
 from shared.files import write_atomically, write_json
 from shared.generators.card import Generator, GeneratorCard, load_generator, save_generator
+from shared.generators.lengths import LengthShares
 from shared.privacy.accounting import certified_epsilon
 from shared.privacy.noise import NO_NOISE, SEEDED_NOISE
 from shared.privacy.releases import Release
@@ -163,6 +167,8 @@ def _train(
         privacy_unit=scenario.privacy.unit,
         releases={owner.name: _releases(run_dir, owner.name) for owner in federation.owners},
         max_items_per_user=scenario.data.max_items_per_user,
+        lengths=_released_lengths(run_dir),
+        behaviours=scenario.generator.sequence.behaviours if scenario.generator.kind == "sequence" else (),
     )
     save_generator(run_dir / "generator", weights, card, tuple(map(str, federation.catalogue.items)))
     return load_generator(run_dir / "generator")
@@ -183,6 +189,7 @@ def _prepare(scenario: Scenario, federation: Federation, price: Price, run_dir: 
         deadline_seconds=scenario.federation.deadline_seconds,
         noise_seed=scenario.seed,
         collect_metrics=True,
+        average_decay=scenario.federation.average_decay,
     )
     ceiling = scenario.privacy.epsilon if private else None
     for owner in federation.owners:
@@ -215,7 +222,17 @@ def _synthesise(scenario: Scenario, generator: Generator) -> Histories:
         items_per_user=min(section.items_per_user, bound),
         max_items_per_user=bound,
         seed=scenario.seed,
+        lengths=generator.card.lengths,
     )
+
+
+def _released_lengths(run_dir: Path) -> LengthShares | None:
+    """How long histories are, where the run released it."""
+    path = run_dir / SKETCH_FILE
+    if not path.exists():
+        return None
+    sketch = safetensors.numpy.load_file(path)
+    return LengthShares(tuple(sketch["length_edges"].tolist()), tuple(sketch["length_shares"].tolist()))
 
 
 def _releases(run_dir: Path, owner: str) -> list[dict[str, Any]]:
@@ -261,6 +278,7 @@ def _write_owner_files(
             generator.item_ids,
             generator_id=generator.generator_id,
             exportable=generator.card.exportable,
+            behaviours=generator.card.behaviours,
         )
         content = encode_table(table, "parquet")
     for owner in outcome.owners:

@@ -8,12 +8,10 @@ from safetensors import SafetensorError
 from shared.errors import InputError
 from shared.files import sha256, write_atomically
 from shared.generators.base import Weights
-from shared.generators.family import GeneratorSpec, initial_weights, travelling_shapes, weight_shapes
+from shared.generators.family import GeneratorSpec, travelling_shapes, weight_shapes, with_home_weights
 
 # The server may ask for the round after its last checkpoint or for one of the two before, whose checkpoints it keeps.
 _KEPT_ROUNDS = 4
-# Before the first round every owner's are the same, and known to everyone.
-_FIRST_SEED = 0
 
 
 def home_names(spec: GeneratorSpec) -> tuple[str, ...]:
@@ -34,7 +32,7 @@ def load_home_weights(directory: Path, run_id: str, spec: GeneratorSpec, *, befo
     folder = _folder(directory, run_id)
     earlier = [path for path in sorted(folder.glob("*.safetensors")) if int(path.stem) < before_round]
     if not earlier:
-        first = initial_weights(spec, _FIRST_SEED)
+        first = with_home_weights(spec, {})
         return {name: first[name] for name in names}
     try:
         stored = safetensors.numpy.load(earlier[-1].read_bytes())

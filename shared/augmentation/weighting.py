@@ -1,7 +1,7 @@
 """Choose how much synthetic users may count, so that augmentation does not hurt."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,12 +10,17 @@ import numpy.typing as npt
 
 from shared.data.histories import Histories
 from shared.errors import InputError
-from shared.recommenders.base import Recommender
+from shared.recommenders.base import Recommender, Schedule
 from shared.recommenders.tuning import OutOfFold, out_of_fold
+from shared.rng import stream
 
 FloatArray = npt.NDArray[np.float64]
 
 _HOPELESS, _PLENTY = 5_000.0, 100_000.0
+
+_ERROR_RATE = 1 / 6  # what one standard error promises of a single weight
+_FLIPS = 2_399  # with the draw itself 2,400, of which a sixth is a whole number
+_USERS_AT_ONCE = 1_024
 
 
 class Regime(NamedTuple):
@@ -80,21 +85,33 @@ def default_weight(users_times_epsilon: float, num_owners: int) -> float:
     return 0.1 if found < _PLENTY else 0.3
 
 
+class Mixing(NamedTuple):
+    """How synthetic users count: ``weight`` is synthetic ÷ real training mass where training begins."""
+
+    weight: float
+    schedule: Schedule = "constant"
+
+
+NO_MIXING = Mixing(0.0)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightChoice:
-    """The weight that was chosen, and why.
+    """The weight and the schedule that were chosen, and why.
 
     Args:
-        weight: synthetic ÷ real training mass.
-        recommender: the variant to train at that weight.
+        weight: synthetic ÷ real training mass, where training begins.
+        schedule: what becomes of the weight in the course of training.
+        recommender: the variant to train so.
         local: the variant to train on real users alone.
-        out_of_fold: mean metric by weight, each at its own best variant.
+        out_of_fold: mean metric by weight and schedule, each at its own best variant.
     """
 
     weight: float
+    schedule: Schedule
     recommender: Recommender
     local: Recommender
-    out_of_fold: dict[float, float]
+    out_of_fold: dict[Mixing, float]
 
 
 def choose_weight(
@@ -106,45 +123,90 @@ def choose_weight(
     default: float,
     plan: OutOfFold,
 ) -> WeightChoice:
-    """Choose among ``weights`` by scores of training users that the scored model has not seen.
+    """Choose among ``weights`` and schedules by scores of training users that the scored model has not seen.
 
-    A weight is *trusted* if it beats weight zero by more than one standard error of the per-user differences. No
-    trusted weight: zero. The default is kept if it is trusted, unless the best trusted weight beats it by more than one
-    standard error too; failing that, the best trusted weight is taken. Every weight is tuned with equal effort.
+    Each weight is tried under each schedule the recommender knows, and tuned with equal effort, early stopping included
+    where it is trained in epochs. :func:`pick_mixing` says which one is taken.
 
     Args:
+        train: training users only. There are no other users here to choose by.
         weights: grid that contains 0; ``default`` is added to it.
-        default: weight expected from public numbers, see :func:`default_weight`.
+        default: weight expected from public numbers, see :func:`default_weight`; its schedule is ``constant``.
     Guarantee:
-        A weight above zero has beaten zero on unseen users, by a margin that a weight which changes nothing reaches
-        one time in six.
+        Where no weight of the whole grid changes anything, one above zero is taken one time in six at most, as exactly
+        as :func:`clearly_better` says.
     """
     if 0 not in weights:
         raise InputError(f"weights {tuple(weights)} lack 0. Add it, so that augmentation can be declined.")
+    positive = sorted({float(default), *map(float, weights)} - {0.0})
     variants = recommender.variants()
-    scores: dict[float, FloatArray] = {}
-    chosen: dict[float, Recommender] = {}
-    for weight in sorted({0.0, float(default), *map(float, weights)}):
-        table = out_of_fold(variants, train, plan, synthetic=synthetic if weight else None, weight=weight)
+    scores: dict[Mixing, FloatArray] = {}
+    chosen: dict[Mixing, Recommender] = {}
+    for mixing in (NO_MIXING, *(Mixing(weight, schedule) for weight in positive for schedule in recommender.schedules)):
+        table = out_of_fold(
+            recommender, train, plan, synthetic=synthetic, weight=mixing.weight, schedule=mixing.schedule
+        )
         best = int(table.mean(axis=1).argmax())
-        scores[weight], chosen[weight] = table[best], variants[best]
-    weight = pick_weight(scores, default=float(default))
-    return WeightChoice(weight, chosen[weight], chosen[0.0], {w: float(row.mean()) for w, row in scores.items()})
+        scores[mixing], chosen[mixing] = table[best], variants[best]
+    picked = pick_mixing(scores, default=Mixing(float(default)), rng=stream(plan.seed, "mixing", "sign-flips"))
+    means = {mixing: float(row.mean()) for mixing, row in scores.items()}
+    return WeightChoice(picked.weight, picked.schedule, chosen[picked], chosen[NO_MIXING], means)
 
 
-def pick_weight(scores: dict[float, FloatArray], *, default: float) -> float:
-    """The rule of :func:`choose_weight`, from the per-user scores of each weight."""
-    trusted = [weight for weight in scores if weight > 0 and _beats(scores[weight], scores[0.0])]
-    if not trusted:
-        return 0.0
-    best = max(trusted, key=lambda weight: float(scores[weight].mean()))
-    if default in trusted and not _beats(scores[best], scores[default]):
-        return default
-    return best
+def pick_mixing(scores: Mapping[Mixing, FloatArray], *, default: Mixing, rng: np.random.Generator) -> Mixing:
+    """The rule of :func:`choose_weight`.
+
+    A mixing is *trusted* if it is clearly better than none, see :func:`clearly_better`. None is trusted: no synthetic
+    users. The default is kept if it is trusted, unless others that are trusted are clearly better than it; the best of
+    these is taken then, and the best of all trusted ones where the default is not among them.
+
+    Args:
+        scores: of the same users in the same order under each mixing, :data:`NO_MIXING` among them.
+    Guarantee:
+        What is taken has a better mean than no synthetic users; where the default's mean is not better, it is not
+        the default, unless that is no synthetic users.
+    """
+    trusted = clearly_better(scores, than=NO_MIXING, rng=rng)
+    if default in trusted:
+        above = clearly_better({mixing: scores[mixing] for mixing in trusted}, than=default, rng=rng)
+        trusted = above or [default]
+    return max(trusted, key=lambda mixing: float(scores[mixing].mean()), default=NO_MIXING)
 
 
-def _beats(challenger: FloatArray, incumbent: FloatArray) -> bool:
-    difference = challenger - incumbent
-    if len(difference) < 2:
-        return False
-    return bool(difference.mean() > difference.std(ddof=1) / np.sqrt(len(difference)))
+def clearly_better(scores: Mapping[Mixing, FloatArray], *, than: Mixing, rng: np.random.Generator) -> list[Mixing]:
+    """Those whose lead over ``than`` would be seen one time in six at most, had none of them a lead.
+
+    A lead is the sum of the differences by user ÷ the root of the sum of their squares: Student's t but for a
+    monotone transform. It is compared with the *greatest* lead of all when each user's differences change their signs
+    together at random: many weights have many chances to look good, and what they have in common is kept.
+
+    Guarantee:
+        If users are independent, and each one's differences as likely as their opposites, then any is returned one
+        time in six at most, however many there are and however alike. For other differences of mean zero the bound is
+        approached as users grow.
+    Reference:
+        Westfall & Young 1993, single-step maxT; Chernozhukov, Chetverikov & Kato 2013, arXiv:1212.6906, for many users.
+    """
+    others = [mixing for mixing in scores if mixing != than]
+    if not others:
+        return []
+    differences = np.stack([scores[mixing] - scores[than] for mixing in others], axis=1)
+    norms = np.sqrt((differences**2).sum(axis=0))
+    # Where nobody's score changed, the lead is none.
+    differences = differences / np.where(norms > 0, norms, 1.0)
+    greatest = _flipped(differences, rng).max(axis=1)
+    # The draw itself is one of the equally likely ones. Sums of the same numbers in another order differ by rounding.
+    at_least = 1 + (greatest[:, None] >= differences.sum(axis=0) - 1e-9).sum(axis=0)
+    return [
+        mixing for mixing, count in zip(others, at_least, strict=True) if count <= _ERROR_RATE * (1 + len(greatest))
+    ]
+
+
+def _flipped(differences: FloatArray, rng: np.random.Generator) -> FloatArray:
+    """Sums of ``differences`` over users with random signs, shape ``(_FLIPS, num_columns)``."""
+    sums = np.zeros((_FLIPS, differences.shape[1]))
+    for start in range(0, len(differences), _USERS_AT_ONCE):
+        users = differences[start : start + _USERS_AT_ONCE]
+        signs = 2.0 * rng.integers(2, size=(_FLIPS, len(users)), dtype=np.int8) - 1.0
+        sums += signs @ users
+    return sums

@@ -1,12 +1,14 @@
 """Turn interactions into bounded histories over the public catalogue."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from shared.data.catalogue import Catalogue
 from shared.data.histories import Histories
@@ -14,6 +16,8 @@ from shared.data.interactions import Interactions
 from shared.errors import InputError
 
 IntArray = npt.NDArray[np.int64]
+
+_MOST_BEHAVIOURS = 127  # codes are int8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,6 +104,125 @@ def index_users(
     return IndexedUsers(histories, ids[enough], labels, counts)
 
 
+def index_events(
+    interactions: Interactions,
+    users: IndexedUsers,
+    catalogue: Catalogue,
+    *,
+    behaviours: Sequence[str],
+    max_items_per_user: int,
+) -> IndexedUsers:
+    """Every (item, behaviour) pair of ``users``, row for row, in time order; without timestamps in the source's.
+
+    A pair that repeats counts once, at its first occurrence, as an item does in :func:`index_users`: with one
+    behaviour the events are the histories themselves, and what someone buys every week does not crowd everything else
+    out of the bound. Of more than ``max_items_per_user`` pairs the newest stay, or without timestamps a choice by a
+    hash of that user's id and the pair.
+
+    Args:
+        interactions: all rows, also of behaviours that the histories of ``users`` do not count, such as returns.
+        users: of the same source; says whose events are wanted, and whether apart for each institution.
+        behaviours: the public list of names; a name's place is its code. Rows with others are left out, counted.
+    Guarantee:
+        A user's row depends on that user's interactions and on public parameters only, and has at most
+        ``max_items_per_user`` events.
+    Raises:
+        InputError: the source has no behaviours or not these users, or a name occurs twice.
+    """
+    names = list(behaviours)
+    if interactions.behaviours is None:
+        raise InputError(
+            f"{interactions.source}: no behaviour column, so there are no events to tell apart. Map it with"
+            " data.columns.behaviour, or train on the histories."
+        )
+    if not 1 <= len(set(names)) == len(names) <= _MOST_BEHAVIOURS:
+        raise InputError(
+            f"events need from 1 to {_MOST_BEHAVIOURS} different names of behaviours, not {names}. Name each once."
+        )
+    rows = _rows_among(interactions, users)
+    items = catalogue.positions(interactions.items.labels)[interactions.items.codes]
+    codes = _positions(interactions.behaviours.labels, pa.array(names, pa.string()))[interactions.behaviours.codes]
+    stamps = interactions.timestamps
+    wanted = (rows >= 0) & (items >= 0) & (codes >= 0)
+    counts = {"rows of another behaviour": int(((rows >= 0) & (items >= 0) & (codes < 0)).sum())}
+    rows, pairs = rows[wanted], items[wanted] * np.int64(len(names)) + codes[wanted]
+    stamps = None if stamps is None else stamps[wanted]
+
+    first = _first_occurrences(rows, pairs, stamps, catalogue.num_items * len(names))
+    counts["repeated events"] = len(rows) - len(first)
+    rows, pairs = rows[first], pairs[first]
+    stamps = None if stamps is None else stamps[first]
+    lengths = np.bincount(rows, minlength=len(users.user_ids))
+    stays = _within_bound(rows, pairs, stamps, lengths, users.user_ids, max_items_per_user)
+    counts[f"events over {max_items_per_user} per user"] = int((~stays).sum())
+    events = Histories(
+        np.concatenate([[0], np.cumsum(np.bincount(rows[stays], minlength=len(lengths)))]).astype(np.int64),
+        (pairs[stays] // len(names)).astype(np.int32),
+        catalogue.num_items,
+        None if stamps is None else stamps[stays],
+        (pairs[stays] % len(names)).astype(np.int8),
+    )
+    return IndexedUsers(events, users.user_ids, users.institutions, counts)
+
+
+def events_of(events: Histories, train: Histories, rows: npt.ArrayLike, *, cut: int | None) -> Histories:
+    """The events that a generator may learn from when models are trained on ``train``.
+
+    Args:
+        events: of all users, as :func:`index_events` makes them.
+        train: what is trained on, shape ``(len(rows),)`` users; held-out items are not in it.
+        rows: position in ``events`` of each user of ``train``.
+        cut: second from which on everything is held out; None where items alone tell.
+    Guarantee:
+        An event stays only if its item is in the training history of its own user, and it happened before ``cut``.
+    Raises:
+        InputError: the two do not belong together, or there is a cut and no time.
+    """
+    chosen = events.select(rows)
+    if chosen.num_users != train.num_users or chosen.num_items != train.num_items:
+        raise InputError(
+            f"events of {chosen.num_users} users × {chosen.num_items} items do not match training histories of"
+            f" {train.num_users} × {train.num_items}. Give the row of each training user, in order."
+        )
+    keys, trained = (
+        np.repeat(np.arange(part.num_users), part.lengths()) * part.num_items + part.items for part in (chosen, train)
+    )
+    stays = np.isin(keys, trained)
+    if cut is not None:
+        if chosen.timestamps is None:
+            raise InputError(f"events without timestamps cannot be cut at {cut}. Map data.columns.timestamp.")
+        stays &= chosen.timestamps < cut
+    return chosen.keep(stays)
+
+
+def _rows_among(interactions: Interactions, users: IndexedUsers) -> IntArray:
+    """For each interaction the row of ``users`` that it belongs to, or -1."""
+    keys = _positions(pa.array(users.user_ids, pa.string()), interactions.users.labels)
+    asked = interactions.users.codes.astype(np.int64)
+    known = keys >= 0
+    if users.institutions is not None and interactions.institutions is not None:
+        width = len(interactions.institutions.labels)
+        places = _positions(pa.array(users.institutions, pa.string()), interactions.institutions.labels)
+        keys, asked = keys * width + places, asked * width + interactions.institutions.codes
+        known &= places >= 0
+    elif users.institutions is not None:
+        known[:] = False
+    if not known.all():
+        raise InputError(
+            f"{interactions.source}: {int((~known).sum())} of {len(known)} users are not in it, so their events cannot"
+            " be found. Index users and events of one source."
+        )
+    # Keys ascend: rows are in the order of their ids, and labels in byte order.
+    found = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
+    return np.where(keys[found] == asked, found, -1)
+
+
+def _positions(texts: Any, among: Any) -> IntArray:
+    """The position of each of ``texts`` in ``among``, or -1."""
+    found: IntArray = pc.fill_null(pc.index_in(texts, among), -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    return found
+
+
 def _rows_of(interactions: Interactions, by_institution: bool) -> tuple[IntArray, IntArray, IntArray | None]:
     """For each interaction its row; for each row its user's label and its institution's."""
     codes = interactions.users.codes
@@ -126,7 +249,7 @@ def _ranked(codes: npt.NDArray[Any], num_labels: int) -> tuple[IntArray, IntArra
 
 
 def _first_occurrences(
-    users: IntArray, items: npt.NDArray[np.int32], stamps: IntArray | None, num_items: int
+    users: IntArray, items: npt.NDArray[Any], stamps: IntArray | None, num_items: int
 ) -> npt.NDArray[np.intp]:
     """Positions of each pair's first row, ordered by user, then time, then place in the source."""
     pairs = users * num_items + items
@@ -141,7 +264,7 @@ def _first_occurrences(
 
 def _within_bound(
     users: IntArray,
-    items: npt.NDArray[np.int32],
+    items: npt.NDArray[Any],
     stamps: IntArray | None,
     lengths: IntArray,
     ids: npt.NDArray[np.object_],

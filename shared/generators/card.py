@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,14 @@ from safetensors.numpy import save as save_tensors
 from shared.errors import InputError
 from shared.files import write_atomically, write_json
 from shared.generators.base import GeneratorModel, Weights
-from shared.generators.family import GeneratorSpec, model_from, spec_from_dict
+from shared.generators.family import GeneratorSpec, model_from, spec_from_dict, with_home_weights
+from shared.generators.lengths import LengthShares
 from shared.privacy.noise import LOCAL_NOISE
 
-_FORMAT = 1
+TUNED_AT_HOME = "none, tuned at home"
+"""Noise on the card of a generator that its owner's own users taught after it was received: it never leaves."""
+
+_FORMAT = 2
 _PEOPLE = (
     "Epsilon holds for a user of one owner. A person who is a user of k owners is protected by the composition over"
     " the ledgers of all k: at most the sum of their epsilons, at the sum of their deltas."
@@ -35,6 +39,8 @@ class GeneratorCard:
         privacy_unit: whose presence is hidden.
         releases: per owner, what the price was computed from.
         max_items_per_user: the contribution bound, public.
+        lengths: how long histories are, where owners released it; None where synthesis goes by a public mean.
+        behaviours: public names of the behaviours that the generator tells apart, in the order of its codes.
     """
 
     spec: GeneratorSpec
@@ -45,6 +51,8 @@ class GeneratorCard:
     privacy_unit: str
     releases: dict[str, list[dict[str, Any]]]
     max_items_per_user: int
+    lengths: LengthShares | None = None
+    behaviours: tuple[str, ...] = ()
 
     @property
     def exportable(self) -> bool:
@@ -94,6 +102,8 @@ def save_generator(directory: Path, weights: Weights, card: GeneratorCard, item_
                 "releases": card.releases,
             },
             "max_items_per_user": card.max_items_per_user,
+            "lengths": asdict(card.lengths) if card.lengths else None,
+            "behaviours": list(card.behaviours),
             "exportable": card.exportable,
         },
     )
@@ -122,6 +132,8 @@ def load_generator(directory: Path) -> Generator:
             privacy_unit=privacy["unit"],
             releases=privacy["releases"],
             max_items_per_user=int(stored["max_items_per_user"]),
+            lengths=_lengths(stored["lengths"]),
+            behaviours=tuple(map(str, stored["behaviours"])),
         )
         weights = load_tensors(content)
     except FileNotFoundError as error:
@@ -137,4 +149,10 @@ def load_generator(directory: Path) -> Generator:
             f"{directory}: the weights ({identity}, {len(item_ids)} items) are not those of the card"
             f" ({stored['generator_id']}, {card.spec.num_items} items). Copy the whole folder again."
         )
-    return Generator(model_from(card.spec, weights), card, identity, item_ids)
+    return Generator(model_from(card.spec, with_home_weights(card.spec, weights)), card, identity, item_ids)
+
+
+def _lengths(stored: dict[str, Any] | None) -> LengthShares | None:
+    if stored is None:
+        return None
+    return LengthShares(tuple(map(int, stored["edges"])), tuple(map(float, stored["shares"])))

@@ -8,14 +8,22 @@ import torch
 
 from shared.errors import InputError
 from shared.generators.base import GeneratorModel, Spec, Weights, initial_weights_of, load_weights
+from shared.generators.gan import Gan, GanSpec
 from shared.generators.multvae import MultVAE, VaeSpec
+from shared.generators.sequence import SequenceModel, SequenceSpec
+from shared.generators.spectral import Spectral, SpectralSpec
 
 GeneratorSpec = Spec
 
 _KINDS: dict[str, tuple[type[Spec], type[GeneratorModel]]] = {
     "vae": (VaeSpec, MultVAE),
+    "gan": (GanSpec, Gan),
+    "sequence": (SequenceSpec, SequenceModel),
+    "spectral": (SpectralSpec, Spectral),
 }
 KINDS = tuple(_KINDS)
+# Before the first round every owner's home weights are the same, and known to everyone.
+_HOME_SEED = 0
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> Spec:
@@ -51,6 +59,19 @@ def model_from(spec: Spec, weights: Weights) -> GeneratorModel:
     model = build_model(spec)
     load_weights(model, weights)
     return model
+
+
+def with_home_weights(spec: Spec, weights: Weights) -> Weights:
+    """``weights`` and, of those that owners keep, the ones missing as every owner begins with them; in their order."""
+    missing = [name for name in weight_shapes(spec) if name not in weights and name not in travelling_shapes(spec)]
+    if not missing:
+        return weights
+    first = initial_weights(spec, _HOME_SEED)
+    return {
+        name: first[name] if name in missing else weights[name]
+        for name in weight_shapes(spec)
+        if name in weights or name in missing
+    }
 
 
 @lru_cache(maxsize=16)

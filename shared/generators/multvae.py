@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,16 +13,18 @@ from shared.data.histories import Histories
 from shared.dpsgd.bags import Bags
 from shared.dpsgd.chance import Chance
 from shared.dpsgd.layers import ScaledBiasLinear, SparseBag
+from shared.errors import InputError
 from shared.generators.bags import EncodedBags, draw_bags
 from shared.generators.base import GeneratorModel, IntArray, Spec
 from shared.generators.likelihood import multinomial_log_likelihood
 
 _LARGEST = 10_000
+_COUPLINGS = 4  # even: the halves of a latent end where they began
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VaeSpec(Spec):
-    """Sizes and loss of a :class:`MultVAE`."""
+    """Sizes and loss of a :class:`MultVAE`; ``num_components`` is read by the mixture alone."""
 
     kind: ClassVar[str] = "vae"
     WHOLE: ClassVar[Mapping[str, int]] = {
@@ -36,7 +38,7 @@ class VaeSpec(Spec):
         "dropout": (0.0, 0.99),
         "popularity_scale": (0.0, 1000.0),
     }
-    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {"prior": ("gaussian", "mixture")}
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {"prior": ("gaussian", "mixture", "flow")}
 
     hidden_size: int
     latent_size: int
@@ -46,6 +48,11 @@ class VaeSpec(Spec):
     kl_anneal_share: float
     dropout: float
     popularity_scale: float
+
+    def __post_init__(self) -> None:
+        Spec.__post_init__(self)
+        if self.prior == "flow" and self.latent_size < 2:
+            raise InputError("generator spec: a flow prior moves halves of a latent; latent_size must be at least 2.")
 
 
 class _Constant(nn.Module):
@@ -65,15 +72,74 @@ class _Constant(nn.Module):
         return repeated
 
 
+class _Coupling(nn.Module):
+    """Shifts and scales a part of a latent by a function of the rest, which stays: a map that is easy to invert.
+
+    Source: Dinh et al. 2017, arXiv:1605.08803, equations 4 to 8, with scales between 1/e and e.
+    """
+
+    def __init__(self, num_kept: int, num_moved: int, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(num_kept, width)
+        self.outer = nn.Linear(width, 2 * num_moved)
+
+    def forward(self, kept: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+        """``moved`` on its way to the standard normal, and the logarithm of how much that stretched space."""
+        shift, log_scale = self._move(kept)
+        return moved * log_scale.exp() + shift, log_scale.sum(1)
+
+    def inverse(self, kept: Tensor, moved: Tensor) -> Tensor:
+        shift, log_scale = self._move(kept)
+        return (moved - shift) * torch.exp(-log_scale)
+
+    def _move(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self.outer(torch.tanh(self.inner(kept))).chunk(2, dim=1)
+        return shift, torch.tanh(log_scale)
+
+
+class _Flow(nn.Module):
+    """The standard normal of ``size`` numbers, seen through couplings."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self._half = size // 2
+        halves = self._half, size - self._half
+        self.couplings = nn.ModuleList(
+            _Coupling(halves[layer % 2], halves[1 - layer % 2], width) for layer in range(_COUPLINGS)
+        )
+
+    def log_density(self, latent: Tensor) -> Tensor:
+        """Of each row of ``latent``, up to the constant of a Gaussian, shape ``(num_users,)``."""
+        kept, moved = latent[:, : self._half], latent[:, self._half :]
+        stretched = torch.zeros_like(latent[:, 0])
+        for coupling in self._in_order():
+            moved, more = coupling(kept, moved)
+            # The halves swap places, so that every number is moved by others.
+            kept, moved, stretched = moved, kept, stretched + more
+        return stretched - 0.5 * (kept.square().sum(1) + moved.square().sum(1))
+
+    def from_normal(self, normal: Tensor) -> Tensor:
+        """The latents whose way to the standard normal ends at ``normal``."""
+        kept, moved = normal[:, : self._half], normal[:, self._half :]
+        for coupling in reversed(self._in_order()):
+            kept, moved = moved, coupling.inverse(moved, kept)
+        return torch.cat([kept, moved], dim=1)
+
+    def _in_order(self) -> list[_Coupling]:
+        return cast(list[_Coupling], list(self.couplings))
+
+
 class MultVAE(GeneratorModel):
     """Encoder, prior and decoder over ``num_items``.
 
     The prior is part of the model, so that DP-SGD trains it with everything else, and
     sampling it touches no user again. ``mixture`` has ``num_components`` diagonal Gaussians;
-    ``gaussian`` is the standard normal and has nothing to train.
+    ``gaussian`` is the standard normal and has nothing to train; ``flow`` is the standard normal
+    seen through coupling layers as wide as the encoder.
 
     Source: Liang et al. 2018, arXiv:1802.05814 (likelihood, annealing); Dilokthanakul et al. 2016,
-    arXiv:1611.02648, and Tomczak & Welling 2018, arXiv:1705.07120 (mixture priors).
+    arXiv:1611.02648, and Tomczak & Welling 2018, arXiv:1705.07120 (mixture priors); Huang et al. 2017,
+    arXiv:1710.02248 (flow priors).
     """
 
     def __init__(self, spec: VaeSpec) -> None:
@@ -88,6 +154,8 @@ class MultVAE(GeneratorModel):
             self.prior_means = _Constant(spec.num_components * spec.latent_size)
             self.prior_log_variances = _Constant(spec.num_components * spec.latent_size)
             self.prior_logits = _Constant(spec.num_components)
+        if spec.prior == "flow":
+            self.prior_flow = _Flow(spec.latent_size, spec.hidden_size)
 
     def encode(self, histories: Histories) -> EncodedBags:
         return EncodedBags(histories.to_csr())
@@ -119,15 +187,19 @@ class MultVAE(GeneratorModel):
     def _divergence(self, latent: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
         if self.spec.prior == "gaussian":
             return 0.5 * (mean**2 + log_variance.exp() - 1.0 - log_variance).sum(1)
-        # No closed form against a mixture: log q(z) - log p(z) at the latent drawn, up to the
-        # constants of the two Gaussians, which are equal.
-        users, size, components = len(latent), self.spec.latent_size, self.spec.num_components
+        # No closed form: log q(z) - log p(z) at the latent drawn, up to the constants of the two Gaussians, which are
+        # equal.
         posterior = -0.5 * ((latent - mean) ** 2 / log_variance.exp() + log_variance).sum(1)
+        is_flow = self.spec.prior == "flow"
+        return posterior - (self.prior_flow.log_density(latent) if is_flow else self._mixture(latent))
+
+    def _mixture(self, latent: Tensor) -> Tensor:
+        users, size, components = len(latent), self.spec.latent_size, self.spec.num_components
         means = self.prior_means(users).view(users, components, size)
         variances = self.prior_log_variances(users).view(users, components, size)
         shares = torch.log_softmax(self.prior_logits(users), dim=1)
         densities = -0.5 * ((latent[:, None] - means) ** 2 / variances.exp() + variances).sum(2)
-        return posterior - torch.logsumexp(shares + densities, dim=1)
+        return torch.logsumexp(shares + densities, dim=1)
 
     def draw(
         self, lengths: IntArray, *, generator: torch.Generator, tilt: npt.NDArray[np.float32] | None = None
@@ -137,8 +209,8 @@ class MultVAE(GeneratorModel):
     def initial(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         if name.startswith("prior_means"):
             return torch.randn(shape, generator=generator)
-        if name.startswith("prior_"):
-            return torch.zeros(shape)
+        if name.startswith("prior_") and "inner" not in name:
+            return torch.zeros(shape)  # of a flow: the standard normal to begin with
         return super().initial(name, shape, generator)
 
     @torch.no_grad()
@@ -147,6 +219,8 @@ class MultVAE(GeneratorModel):
         normal = torch.randn(num_users, self.spec.latent_size, generator=generator)
         if self.spec.prior == "gaussian":
             return normal
+        if self.spec.prior == "flow":
+            return self.prior_flow.from_normal(normal)
         size, components = self.spec.latent_size, self.spec.num_components
         shares = torch.softmax(self.prior_logits(1)[0], dim=0)
         chosen = torch.multinomial(shares, num_users, replacement=True, generator=generator)

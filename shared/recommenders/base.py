@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,23 +23,60 @@ class Fitted(Protocol):
         ...
 
 
+Schedule = Literal["constant", "fade"]
+"""What synthetic users count in the course of training: all the same, or fully at first and ever less, down to nothing.
+
+``fade`` is a curriculum of two data sets without a seam: pre-training on synthetic users, and real ones at the end.
+"""
+
+
 class Recommender(Protocol):
     """A recommender with its settings, not yet trained."""
 
     @property
     def name(self) -> str: ...
 
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """Those that :meth:`fit` knows; ``constant`` is the first."""
+        ...
+
     def variants(self) -> tuple[Self, ...]:
         """The same recommender at each setting that out-of-fold tuning may choose from."""
         ...
 
-    def fit(self, real: Histories, synthetic: Histories | None = None, *, weight: float = 0.0, seed: int) -> Fitted:
+    def fit(
+        self,
+        real: Histories,
+        synthetic: Histories | None = None,
+        *,
+        weight: float = 0.0,
+        schedule: Schedule = "constant",
+        seed: int,
+    ) -> Fitted:
         """Train on ``real`` users and, with total mass ``weight`` times theirs, on ``synthetic`` ones.
 
         Args:
-            weight: synthetic ÷ real training mass, counted in interactions; 0 leaves ``synthetic`` unread.
+            weight: synthetic ÷ real training mass, counted in interactions, where training begins; 0 leaves
+                ``synthetic`` unread.
+            schedule: what becomes of the weight later, one of :attr:`schedules`.
         Guarantee:
             Neither input is changed, and one seed gives one model.
+        """
+        ...
+
+    def fit_variants(
+        self,
+        real: Histories,
+        synthetic: Histories | None = None,
+        *,
+        weight: float = 0.0,
+        schedule: Schedule = "constant",
+        seed: int,
+    ) -> Iterator[Fitted]:
+        """A model of every one of :meth:`variants`, in that order, the same as its own :meth:`fit` would give.
+
+        Variants that differ in when their training stops are models that one training passes on its way.
         """
         ...
 

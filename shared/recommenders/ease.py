@@ -1,6 +1,7 @@
 """Recommend by a ridge regression of every item on all others, in closed form."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,7 +15,7 @@ from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from shared.data.histories import Histories
 from shared.errors import InputError
-from shared.recommenders.base import synthetic_user_weight
+from shared.recommenders.base import Schedule, synthetic_user_weight
 
 Matrix = npt.NDArray[np.float32]
 
@@ -44,15 +45,42 @@ class Ease:
     def name(self) -> str:
         return "ease"
 
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        return ("constant",)
+
     def variants(self) -> tuple[Self, ...]:
         return tuple(type(self)((share,), self._inverses) for share in self.l2)
 
     def fit(
-        self, real: Histories, synthetic: Histories | None = None, *, weight: float = 0.0, seed: int
+        self,
+        real: Histories,
+        synthetic: Histories | None = None,
+        *,
+        weight: float = 0.0,
+        schedule: Schedule = "constant",
+        seed: int,
     ) -> "FittedEase":
         """Solve for ``P = (Σ x xᵀ + λ I)⁻¹``; ``seed`` changes nothing, there is no chance in it."""
+        if schedule not in self.schedules:
+            raise InputError(
+                f"EASE is solved in one step, so schedule={schedule!r} has no time to happen. Use constant, or"
+                " recommender.kind=multvae or sasrec."
+            )
         with _one_blas_thread():
             return self._fit(real, synthetic, weight)
+
+    def fit_variants(
+        self,
+        real: Histories,
+        synthetic: Histories | None = None,
+        *,
+        weight: float = 0.0,
+        schedule: Schedule = "constant",
+        seed: int,
+    ) -> Iterator["FittedEase"]:
+        # One at a time: a model may be as large as the catalogue squared.
+        return (v.fit(real, synthetic, weight=weight, schedule=schedule, seed=seed) for v in self.variants())
 
     def _fit(self, real: Histories, synthetic: Histories | None, weight: float) -> "FittedEase":
         user_weight = synthetic_user_weight(real, synthetic, weight)

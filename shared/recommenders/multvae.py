@@ -1,7 +1,8 @@
 """Recommend by a variational autoencoder of whole histories, trained at home without privacy."""
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from shared.data.histories import Histories
 from shared.errors import InputError
-from shared.recommenders.base import own_chance, synthetic_user_weight
+from shared.recommenders.base import Schedule, own_chance, synthetic_user_weight
+from shared.recommenders.epochs import TrainedInEpochs, share_of_weight
 from shared.rng import stream
 
 _BATCH_USERS = 32  # owners have hundreds of users: larger batches leave too few steps
@@ -20,7 +22,7 @@ _KL_WEIGHT = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class MultVae:
+class MultVae(TrainedInEpochs):
     """Mult-VAE; a synthetic user's loss is multiplied by its weight.
 
     It sees real users and never leaves home, unlike the generator, which is another model.
@@ -32,57 +34,51 @@ class MultVae:
         Liang et al. 2018, arXiv:1802.05814, with its KL weight of 0.2 reached half-way.
     """
 
-    num_items: int
-    hidden_size: int
-    epochs: int
-    learning_rate: float
-    device: torch.device
-
     @property
     def name(self) -> str:
         return "multvae"
 
-    def variants(self) -> tuple[Self, ...]:
-        return (self,)
-
-    def fit(
-        self, real: Histories, synthetic: Histories | None = None, *, weight: float = 0.0, seed: int
-    ) -> "FittedMultVae":
+    def _train(
+        self,
+        real: Histories,
+        synthetic: Histories | None,
+        *,
+        weight: float,
+        schedule: Schedule,
+        seed: int,
+        stops: Sequence[int],
+    ) -> list["FittedMultVae"]:
         user_weight = synthetic_user_weight(real, synthetic, weight)
         if real.num_interactions == 0:
             raise InputError("no real interactions to train on. Give this owner users or lower data.min_interactions.")
         rows = real.to_csr()
         others = synthetic.to_csr() if synthetic is not None and weight else None
+        mass = 0.0 if others is None else user_weight * others.shape[0] / rows.shape[0]
+        rng = stream(seed, "multvae", "batches")
+        num_steps = self.epochs * -(-rows.shape[0] // _BATCH_USERS)
+        fitted = []
         with own_chance(seed, "multvae", self.device):
             model = _Network(self.num_items, self.hidden_size).to(self.device)
-            self._train(model, rows, others, user_weight, stream(seed, "multvae", "batches"))
-        return FittedMultVae(model.eval(), self.device)
-
-    def _train(
-        self,
-        model: "_Network",
-        rows: sp.csr_matrix,
-        others: sp.csr_matrix | None,
-        user_weight: float,
-        rng: np.random.Generator,
-    ) -> None:
-        optimizer = torch.optim.Adam(model.parameters(), lr=self.learning_rate)
-        num_steps = self.epochs * -(-rows.shape[0] // _BATCH_USERS)
-        step = 0
-        for _ in range(self.epochs):
-            order = rng.permutation(rows.shape[0])
-            for start in range(0, len(order), _BATCH_USERS):
-                kl_weight = _KL_WEIGHT * min(1.0, 2 * step / num_steps)
-                loss = model.losses(_dense(rows[order[start : start + _BATCH_USERS]], self.device), kl_weight).mean()
-                if others is not None:
-                    # A fresh sample of synthetic users stands for all of them; more are drawn where they weigh more.
-                    share = user_weight * others.shape[0] / rows.shape[0]
-                    drawn = rng.integers(others.shape[0], size=_BATCH_USERS * max(1, round(share)))
-                    loss = loss + share * model.losses(_dense(others[drawn], self.device), kl_weight).mean()
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                step += 1
+            optimizer = torch.optim.Adam(model.parameters(), lr=self.learning_rate)
+            step = 0
+            for epoch in range(1, stops[-1] + 1):
+                order = rng.permutation(rows.shape[0])
+                for start in range(0, len(order), _BATCH_USERS):
+                    kl_weight = _KL_WEIGHT * min(1.0, 2 * step / num_steps)
+                    batch = _dense(rows[order[start : start + _BATCH_USERS]], self.device)
+                    loss = model.losses(batch, kl_weight).mean()
+                    if others is not None:
+                        # A fresh sample of synthetic users stands for all; more are drawn where they weigh more.
+                        share = share_of_weight(schedule, step / num_steps) * mass
+                        drawn = rng.integers(others.shape[0], size=_BATCH_USERS * max(1, round(share)))
+                        loss = loss + share * model.losses(_dense(others[drawn], self.device), kl_weight).mean()
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    step += 1
+                if epoch in stops:
+                    fitted.append(FittedMultVae(copy.deepcopy(model).eval(), self.device))
+        return fitted
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,31 +1,41 @@
 """Recommend the next item of a sequence with Cornac's SASRec."""
 
+import copy
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from cornac.data import SequentialDataset
-from cornac.models import SASRec
+from cornac.models.sasrec.sasrec import SASRecModel
+from cornac.models.seq_utils import session_seq_iter
+from cornac.models.seq_utils.losses import ce_loss
 
 from shared.data.histories import Histories
 from shared.errors import InputError
-from shared.recommenders.base import own_chance, synthetic_user_weight
+from shared.recommenders.base import Schedule, own_chance, synthetic_user_weight
+from shared.recommenders.epochs import TrainedInEpochs, share_of_weight
 from shared.rng import stream
 
 _MAX_LENGTH = 50
 _BATCH_USERS = 256
 
+# As in Cornac's own trainer, which takes no weights and keeps no model but the last.
+_BATCH_PREFIXES = 512
+_NEGATIVES, _NEGATIVES_EXPONENT = 2048, 0.5
+_BETAS = (0.9, 0.98)
+
 
 @dataclass(frozen=True, slots=True)
-class SasRec:
+class SasRec(TrainedInEpochs):
     """Self-attention over the newest items of a history, in the order given.
 
-    Cornac's trainer takes no weights, so synthetic users are sampled until their interactions are ``weight`` times
-    the real ones, each at most once more than any other. Items of a synthetic history have the order in which they
-    were drawn, which is no order in time.
+    Every epoch samples synthetic users anew until their interactions are ``weight`` times the real ones, each at most
+    once more than any other. Items of a synthetic history have the order in which they were drawn, which is no order
+    in time.
 
     Args:
         hidden_size: of the item embedding.
@@ -34,45 +44,60 @@ class SasRec:
         Kang & McAuley 2018, arXiv:1808.09781; sampled softmax after Klenitskiy & Vasilev 2023, arXiv:2309.07602.
     """
 
-    num_items: int
-    hidden_size: int
-    epochs: int
-    learning_rate: float
-    device: torch.device
-
     @property
     def name(self) -> str:
         return "sasrec"
 
-    def variants(self) -> tuple[Self, ...]:
-        return (self,)
-
-    def fit(
-        self, real: Histories, synthetic: Histories | None = None, *, weight: float = 0.0, seed: int
-    ) -> "FittedSasRec":
+    def _train(
+        self,
+        real: Histories,
+        synthetic: Histories | None,
+        *,
+        weight: float,
+        schedule: Schedule,
+        seed: int,
+        stops: Sequence[int],
+    ) -> list["FittedSasRec"]:
         synthetic_user_weight(real, synthetic, weight)  # refuses what cannot be trained on
-        users = real
-        if synthetic is not None and weight:
-            mass = weight * real.num_interactions
-            drawn = sample_users(synthetic, mass, rng=stream(seed, "sasrec", "synthetic"))
-            users = Histories.concatenate([real, synthetic.select(drawn)])
-        if not (users.lengths() >= 2).any():
+        everyone = [real] if synthetic is None or not weight else [real, synthetic]
+        longest = max(int(users.lengths().max(initial=0)) for users in everyone)
+        if real.num_interactions == 0 or longest < 2:
             raise InputError(
                 "no history has two items, so there is no next item to learn. Use another recommender.kind."
             )
-        length = int(min(users.lengths().max(), _MAX_LENGTH))
-        model = SASRec(
-            embedding_dim=self.hidden_size,
-            loss="ce",
-            max_len=length,
-            n_epochs=self.epochs,
-            learning_rate=self.learning_rate,
-            device=str(self.device),
-            seed=stream(seed, "sasrec", "model").integers(2**31),
-        )
+        length = min(longest, _MAX_LENGTH)
+        chosen, batches = stream(seed, "sasrec", "synthetic"), stream(seed, "sasrec", "batches")
+        fitted = []
         with own_chance(seed, "sasrec", self.device):
-            model.fit(_sessions(users))
-        return FittedSasRec(model.model.eval(), self.num_items, length, self.device)
+            network = SASRecModel(self.num_items, self.hidden_size, length, use_biases=False, device=str(self.device))
+            optimizer = torch.optim.Adam(network.parameters(), lr=self.learning_rate, betas=_BETAS)
+            for epoch in range(stops[-1]):
+                users = real
+                if synthetic is not None and weight:
+                    mass = share_of_weight(schedule, epoch / self.epochs) * weight * real.num_interactions
+                    users = Histories.concatenate([real, synthetic.select(sample_users(synthetic, mass, rng=chosen))])
+                self._train_epoch(network, optimizer, users, length, batches)
+                if epoch + 1 in stops:
+                    kept = copy.deepcopy(network).eval()
+                    fitted.append(FittedSasRec(kept, self.num_items, length, self.device))
+        return fitted
+
+    def _train_epoch(
+        self,
+        network: Any,
+        optimizer: torch.optim.Optimizer,
+        users: Histories,
+        length: int,
+        rng: np.random.Generator,
+    ) -> None:
+        for _, histories, items in session_seq_iter(
+            _sessions(users), self.num_items, _BATCH_PREFIXES, length, _NEGATIVES, _NEGATIVES_EXPONENT, rng
+        ):
+            shown, wanted = torch.from_numpy(histories).to(self.device), torch.from_numpy(items).to(self.device)
+            # A history's own next item is in its own column; the others are other histories' or drawn by popularity.
+            ce_loss(network(None, shown, wanted)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,6 +1,5 @@
 """Score recommenders on users they were not trained on, so that settings are chosen without test users."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,10 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.data.histories import Histories
-from shared.data.splits import show_part
+from shared.data.splits import assert_users_disjoint, show_part
 from shared.errors import InputError
 from shared.metrics.ranking import parse_metric, rank
-from shared.recommenders.base import Recommender
+from shared.recommenders.base import Recommender, Schedule
 from shared.rng import stream
 
 FloatArray = npt.NDArray[np.float64]
@@ -37,19 +36,22 @@ class OutOfFold:
 
 
 def out_of_fold(
-    recommenders: Sequence[Recommender],
+    recommender: Recommender,
     train: Histories,
     plan: OutOfFold,
     *,
     synthetic: Histories | None = None,
     weight: float = 0.0,
+    schedule: Schedule = "constant",
 ) -> FloatArray:
-    """The metric of every training user under every recommender, trained on the other folds' users.
+    """The metric of every training user under every variant of ``recommender``, trained on the other folds' users.
 
     Returns:
-        shape ``(num_recommenders, num_scored_users)``: one plan scores the same users on the same targets whatever
+        shape ``(num_variants, num_scored_users)``: one plan scores the same users on the same targets whatever
         the recommender and the weight, so that differences are paired. Users with one item cannot be split; they
         train only.
+    Guarantee:
+        A function of ``train`` and ``synthetic`` alone: other users of the owner, such as test users, are not here.
     Raises:
         InputError: too few users have two items or more.
     """
@@ -65,15 +67,14 @@ def out_of_fold(
         )
     columns = []
     for fold in range(plan.folds):
-        others = train.select(fold_of != fold)
-        held = train.select(splittable & (fold_of == fold))
+        taught, scored = np.flatnonzero(fold_of != fold), np.flatnonzero(splittable & (fold_of == fold))
+        assert_users_disjoint(taught, scored)
         rng = stream(plan.seed, "out-of-fold", "targets", fold) if plan.hide == "random" else None
-        fold_in, targets = show_part(held, plan.fold_in_share, rng=rng)
-        rows = []
-        for recommender in recommenders:
-            fitted = recommender.fit(others, synthetic, weight=weight, seed=plan.seed)
-            rows.append(rank(fitted, fold_in, targets, k=k).metric(plan.metric))
-        columns.append(np.stack(rows))
+        fold_in, targets = show_part(train.select(scored), plan.fold_in_share, rng=rng)
+        models = recommender.fit_variants(
+            train.select(taught), synthetic, weight=weight, schedule=schedule, seed=plan.seed
+        )
+        columns.append(np.stack([rank(fitted, fold_in, targets, k=k).metric(plan.metric) for fitted in models]))
     return np.concatenate(columns, axis=1)
 
 
@@ -82,4 +83,4 @@ def tune(recommender: Recommender, train: Histories, plan: OutOfFold) -> Recomme
     variants = recommender.variants()
     if len(variants) == 1:
         return variants[0]
-    return variants[int(out_of_fold(variants, train, plan).mean(axis=1).argmax())]
+    return variants[int(out_of_fold(recommender, train, plan).mean(axis=1).argmax())]

@@ -23,7 +23,7 @@ def render_report(study: dict[str, Any], run: dict[str, Any]) -> str:
     losses = [
         (entry["server_round"], entry["simulation_only"]["loss"])
         for entry in run.get("rounds", [])
-        if "loss" in entry.get("simulation_only", {})
+        if entry.get("simulation_only", {}).get("loss") is not None  # a sketch has none
     ]
     return environment.get_template("template.html").render(
         study=study,

@@ -10,6 +10,7 @@ import pytest
 from shared.errors import InputError
 from shared.generators.card import GeneratorCard, load_generator, save_generator
 from shared.generators.family import initial_weights
+from shared.generators.lengths import LengthShares
 from shared.privacy.noise import NO_NOISE, SEEDED_NOISE
 from tests.shared.generators.test_multvae import SPEC
 
@@ -27,6 +28,12 @@ def card(*, epsilon: float = 8.0, noise: str = "local") -> GeneratorCard:
         releases={"shop": []},
         max_items_per_user=20,
     )
+
+
+def test_a_card_may_tell_lengths_and_behaviours(tmp_path):
+    told = dataclasses.replace(card(), lengths=LengthShares((1, 5), (0.25, 0.75)), behaviours=("view", "buy"))
+    save_generator(tmp_path, initial_weights(SPEC, 5), told, ITEMS)
+    assert load_generator(tmp_path).card == told
 
 
 def test_what_is_saved_is_loaded(tmp_path):

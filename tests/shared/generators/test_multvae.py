@@ -6,12 +6,20 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.floors import popularity, task_of, train_without_privacy, tstr
+from shared.augmentation.synthesis import synthesise_users
+from shared.config import load_scenario
 from shared.dpsgd.bags import Bags
 from shared.dpsgd.chance import Chance
 from shared.errors import InputError
 from shared.generators.family import initial_weights, model_from
 from shared.generators.likelihood import multinomial_log_likelihood
 from shared.generators.multvae import MultVAE, VaeSpec, kl_weight_at
+from simulations.generator import spec_of
+from simulations.owners import build_federation
+from tests.shared.dpsgd.stepping import ALL_ENGINES, ENGINES, Case, by_hand, largest_gap, released
+
+PRIORS = VaeSpec.CHOICES["prior"]
 
 SPEC = VaeSpec(
     num_items=30,
@@ -39,7 +47,69 @@ def users(count: int = 6) -> Bags:
     return Bags.from_dense(multi_hot(count))
 
 
-@pytest.mark.parametrize("prior", ["gaussian", "mixture"])
+class Repeated:
+    """Chance that gives a user the same latent in every batch, so that a loop over users can repeat it."""
+
+    def __init__(self, normals: torch.Tensor) -> None:
+        self._normals = normals
+
+    def fill_normal(self, values: torch.Tensor, *, stddev: float) -> None:
+        values.copy_(self._normals * stddev)
+
+
+def restless(one: MultVAE, seed: int = 5) -> MultVAE:
+    """``one`` in double precision, with every weight moved from where it began, also those that begin at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in one.double().parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return one
+
+
+@pytest.mark.parametrize("engine", ALL_ENGINES)
+@pytest.mark.parametrize("prior", PRIORS)
+def test_every_prior_is_clipped_by_user_as_a_loop_would(prior, engine):
+    rows, generator = multi_hot(8), torch.Generator().manual_seed(4)
+    normals = torch.randn(8, SPEC.latent_size, generator=generator, dtype=torch.float64)
+    scales = 10.0 ** torch.randn(8, generator=generator, dtype=torch.float64)  # from far below the clip to far above
+
+    def losses(module: MultVAE, positions: torch.Tensor) -> torch.Tensor:
+        chance = Repeated(normals[positions])
+        return scales[positions] * module.loss(Bags.from_dense(rows[positions]), share_done=1.0, chance=chance)
+
+    case = Case(restless(model(prior=prior, kl_weight=2.0)), losses)
+    expected, largest = by_hand(case, range(8))
+    sums = released(ENGINES[engine], case, range(8))
+    assert all(sums[name].any() for name in sums if name.startswith("prior"))
+    # Opacus' engines work in single precision in places.
+    assert largest_gap(sums, expected) <= (1e-12 if engine == "bookkeeping" else 1e-6) * largest
+
+
+@pytest.mark.parametrize("latent_size", [4, 5])
+def test_the_flow_has_the_density_of_its_draws(latent_size):
+    one = restless(model(prior="flow", latent_size=latent_size))
+    normal = torch.randn(3, latent_size, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    latent = one.prior_flow.from_normal(normal)
+    for row in range(3):
+        # By definition: the density of the normal, over how much the map stretches space there.
+        slopes = torch.autograd.functional.jacobian(lambda x: one.prior_flow.from_normal(x[None])[0], normal[row])
+        expected = -0.5 * normal[row].square().sum() - torch.linalg.slogdet(slopes)[1]
+        assert float(one.prior_flow.log_density(latent)[row].detach()) == pytest.approx(float(expected), rel=1e-12)
+        assert abs(float(torch.linalg.slogdet(slopes)[1])) > 0.05  # or the test would have no teeth
+
+
+def test_a_flow_begins_as_the_standard_normal():
+    flow, gaussian = model(prior="flow"), model(prior="gaussian")
+    draws = [one.sample_latent(5, generator=torch.Generator().manual_seed(0)) for one in (flow, gaussian)]
+    assert torch.equal(*draws)
+
+
+def test_a_flow_needs_two_halves():
+    with pytest.raises(InputError, match="latent_size must be at least 2"):
+        dataclasses.replace(SPEC, prior="flow", latent_size=1)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
 def test_a_users_loss_does_not_depend_on_the_batch(prior):
     # Without dropout the only chance is the latent draw; a fixed posterior mean isolates it.
     one = model(prior=prior)
@@ -108,8 +178,9 @@ def test_the_prior_is_sampled_as_it_is_described():
     assert float(latent[latent > 0].std()) == pytest.approx(0.1, rel=0.1)
 
 
-def test_training_learns_which_items_go_together():
-    spec = dataclasses.replace(SPEC, kl_weight=0.2)
+@pytest.mark.parametrize("prior", PRIORS)
+def test_training_learns_which_items_go_together(prior):
+    spec = dataclasses.replace(SPEC, prior=prior, kl_weight=0.2)
     one = model_from(spec, initial_weights(spec, 0))
     rng = np.random.default_rng(0)
     data = torch.zeros(400, 30)
@@ -129,6 +200,20 @@ def test_training_learns_which_items_go_together():
     # Users of the prior belong to one half or the other; a generator of popularity alone has .5 everywhere.
     assert float(torch.maximum(mass, 1 - mass).mean()) > 0.8
     assert 0.3 < float((mass > 0.5).float().mean()) < 0.7
+
+
+@pytest.mark.slow
+def test_users_of_the_sample_teach_a_recommender_nearly_what_real_ones_do():
+    scenario = load_scenario(None, ["generator.kind=vae", "privacy.epsilon=inf"])
+    task = task_of(build_federation(scenario, seed=0), scenario, seed=0)
+    spec = spec_of(scenario, task.train.num_items)
+    one = model_from(spec, initial_weights(spec, 0))
+    train_without_privacy(one, task.train, num_steps=300, expected_batch=256, learning_rate=0.005, seed=0)
+    drawn = synthesise_users(one, num_users=10_000, items_per_user=50, max_items_per_user=1000, seed=0)
+    l2 = (0.001, 0.003, 0.01)
+    real = tstr(task.train, task, l2=l2).metric
+    assert tstr(drawn, task, l2=l2).metric >= 0.8 * real
+    assert popularity(task) < 0.8 * real  # what a generator of popularity alone would reach
 
 
 def test_annealing_rises_and_stays():

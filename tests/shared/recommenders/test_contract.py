@@ -96,6 +96,36 @@ def test_synthetic_users_teach_what_real_users_do_not_show(recommender, split):
     assert helped > alone + 0.1
 
 
+@pytest.mark.parametrize("kind", EPOCHS)
+def test_variants_trained_together_are_those_trained_one_by_one(kind, split):
+    section = RecommenderSection(kind=kind, l2=(0.003, 0.03), epochs=4, hidden_size=8, learning_rate=5e-3, device="cpu")
+    recommender = build_recommender(section, NUM_ITEMS)
+    how = {"weight": 0.5, "schedule": recommender.schedules[-1], "seed": 3}
+    real, synthetic = split.train.select(np.arange(40)), planted_users(30, rng=np.random.default_rng(1))
+    together = [fitted.scores(split.fold_in) for fitted in recommender.fit_variants(real, synthetic, **how)]
+    assert len(together) == len(recommender.variants())
+    for variant, scores in zip(recommender.variants(), together, strict=True):
+        np.testing.assert_array_equal(variant.fit(real, synthetic, **how).scores(split.fold_in), scores)
+    assert not np.array_equal(together[0], together[-1])
+    if kind != "ease":  # untuned, it is trained to the end
+        np.testing.assert_array_equal(recommender.fit(real, synthetic, **how).scores(split.fold_in), together[-1])
+
+
+def test_fading_synthetic_users_leave_the_last_word_to_real_ones(recommender, split):
+    if "fade" not in recommender.schedules:
+        with pytest.raises(InputError, match="Use constant, or"):
+            recommender.fit(split.train, split.train, weight=1.0, schedule="fade", seed=0)
+        return
+    # Synthetic users whose items go together as no real user's do.
+    wrong = planted_users(150, rng=np.random.default_rng(2))
+    wrong = Histories(wrong.indptr, np.random.default_rng(3).permutation(NUM_ITEMS).astype(np.int32)[wrong.items], 60)
+    recall = {}
+    for schedule in recommender.schedules:
+        fitted = recommender.fit(split.train, wrong, weight=1.0, schedule=schedule, seed=0)
+        recall[schedule] = rank(fitted, split.fold_in, split.targets, k=10).recall.mean()
+    assert recall["fade"] > recall["constant"] + 0.1
+
+
 def test_a_weight_without_synthetic_users_is_refused(recommender, split):
     with pytest.raises(InputError, match="Synthesise some or use 0"):
         recommender.fit(split.train, weight=0.1, seed=0)
@@ -123,6 +153,7 @@ def test_a_device_that_is_named_must_exist():
 @pytest.mark.parametrize("kind", ["multvae", "sasrec"])
 def test_learns_on_cuda_too(kind, split):
     section = RecommenderSection(kind=kind, epochs=EPOCHS[kind], hidden_size=32, learning_rate=5e-3, device="cuda")
-    trained = build_recommender(section, NUM_ITEMS).fit(split.train, split.train, weight=0.5, seed=0)
+    how = {"weight": 0.5, "schedule": "fade", "seed": 0}
+    *_, trained = build_recommender(section, NUM_ITEMS).fit_variants(split.train, split.train, **how)
     learnt = rank(trained, split.fold_in, split.targets, k=10).recall.mean()
     assert learnt > 2.5 * 10 / (NUM_ITEMS - 4)
