@@ -1,6 +1,5 @@
 """Write an owner's rows with synthetic ones beside them, each with its class."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
+from client.owned_rows import OwnedRows, read_owned
 from shared.augmentation.enrichment import densified, new_users, of_mass, transformed
 from shared.augmentation.filters import coherent, novel, unlike
 from shared.augmentation.lineage import EXPORTABLE, INTERNAL, Form, synthetic_table, write_tables
@@ -18,12 +18,8 @@ from shared.augmentation.operators import Operators
 from shared.augmentation.synthesis import Condition
 from shared.augmentation.tracing import Traced, derive, private
 from shared.config import Columns
-from shared.data.catalogue import Catalogue
 from shared.data.histories import Histories
-from shared.data.indexing import IndexedUsers, index_events, index_users
-from shared.data.interactions import Interactions
-from shared.data.readers import read_interactions
-from shared.errors import InputError, LeakError, RefusedError
+from shared.errors import InputError, RefusedError
 from shared.generators.card import Generator, load_generator
 
 Mode = Literal["new-users", "tail", "densify", "operators"]
@@ -31,7 +27,6 @@ Mode = Literal["new-users", "tail", "densify", "operators"]
 _TRAIN = "train"
 _PLAIN_BEHAVIOUR = "interaction"
 _NUM_NEIGHBOURS = 20
-_READABLE = (".parquet", ".pq", ".csv", ".tsv", ".txt", ".inter", ".data", ".dat")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,27 +73,6 @@ class Recipe:
                     raise InputError(f"augment: {name} chooses among new users, and mode {self.mode} makes none.")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Owned:
-    """An owner's rows, and its training users as histories.
-
-    Args:
-        rows: all of the file.
-        has_split: whether the file says what is held out; the label stands where institutions would.
-        is_train: shape ``(num_rows,)``; the others are held out, and in nothing but ``rows``.
-        users: training users and their distinct items.
-        events: the same users; with behaviours, where the file has them, every (item, behaviour).
-        behaviours: names of the codes in ``events``.
-    """
-
-    rows: Interactions
-    has_split: bool
-    is_train: np.ndarray[Any, np.dtype[np.bool_]]
-    users: IndexedUsers
-    events: Histories
-    behaviours: tuple[str, ...]
-
-
 def augment(
     data: Path,
     generator: Path,
@@ -138,7 +112,7 @@ def augment(
     """
     _check_out(out, data, generator)
     trained = load_generator(generator)
-    owned = _read(data, trained, columns or Columns(), skip_bad_rows=skip_bad_rows)
+    owned = read_owned(data, trained, columns, skip_bad_rows=skip_bad_rows)
     if export:
         raise RefusedError(
             f"--export: {data} has {owned.rows.num_rows:,} rows of real users, which are internal, and so is every row"
@@ -164,9 +138,6 @@ def augment(
     }
 
 
-# --- reading -------------------------------------------------------------------------------------------------
-
-
 def _check_out(out: Path, data: Path, generator: Path) -> None:
     same = out.resolve() == data.resolve() or (out.exists() and data.exists() and out.samefile(data))
     if same or out.resolve().parent == generator.resolve():
@@ -175,69 +146,7 @@ def _check_out(out: Path, data: Path, generator: Path) -> None:
         raise InputError(f"--out {out}: there is no folder {out.parent}. Create it first.")
 
 
-def _read(data: Path, generator: Generator, columns: Columns, *, skip_bad_rows: bool) -> _Owned:
-    header = _header(data)
-    has_split = "split" in header
-    if "synthetic" in header:
-        raise InputError(
-            f"{data} has a column synthetic: it was augmented before, and synthetic users must not be taken for real"
-            " ones. Give the file it was made from."
-        )
-    # An institution is a label of every row, which is what the split is here; institutions are not asked for.
-    split = columns.model_copy(update={"institution": "split"}) if has_split else columns
-    try:
-        rows = read_interactions(data, columns=split, skip_bad_rows=skip_bad_rows)
-    except InputError as error:
-        raise InputError(str(error).replace("institution is missing", "split is missing")) from None
-    is_train = _training_rows(rows, data) if has_split else np.ones(rows.num_rows, dtype=bool)
-    train = rows.keep(is_train)
-    catalogue = Catalogue(generator.item_ids, str(generator.card.catalogue.get("version", "of the generator")))
-    outside = catalogue.positions(train.items.labels)[train.items.codes] < 0
-    if outside.all():
-        raise InputError(
-            f"{data}: none of its {train.num_rows:,} rows names one of the generator's {len(generator.item_ids)} items,"
-            f" such as {generator.item_ids[0]!r}. Give the data whose catalogue the generator was trained on."
-        )
-    bound = generator.card.max_items_per_user
-    users = index_users(train, catalogue, min_interactions=1, max_items_per_user=bound, outside_catalogue="count")
-    if train.behaviours is None:
-        return _Owned(rows, has_split, is_train, users, users.histories, ())
-    names = tuple(train.behaviours.labels.take(pa.array(np.unique(train.behaviours.codes))).to_pylist())
-    events = index_events(train, users, catalogue, behaviours=names, max_items_per_user=bound)
-    return _Owned(rows, has_split, is_train, users, events.histories, names)
-
-
-def _header(data: Path) -> list[str]:
-    """Names of the columns; none where the reader will say what is wrong."""
-    suffix = (data.with_suffix("") if data.suffix == ".gz" else data).suffix.lower()
-    if suffix not in _READABLE:
-        raise InputError(f"{data}: augment reads Parquet, CSV and RecBole files. Export the table to one of them.")
-    try:
-        if suffix in (".parquet", ".pq"):
-            return list(pyarrow.parquet.read_schema(data).names)
-        with pa.input_stream(data) as stream:
-            line = stream.read(1 << 20).split(b"\n", 1)[0].decode("utf-8-sig", errors="replace")
-    except (OSError, pa.ArrowException):
-        return []
-    return [re.sub(r":\w+$", "", name.strip().strip('"')) for name in re.split(r"[,;\t|]", line)]
-
-
-def _training_rows(rows: Interactions, data: Path) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    parts = rows.institutions
-    labels = [] if parts is None else parts.labels.to_pylist()
-    if parts is None or _TRAIN not in labels:
-        raise InputError(f"{data}: no row has {_TRAIN} in its column split, but {', '.join(labels[:5]) or 'nothing'}.")
-    is_train: np.ndarray[Any, np.dtype[np.bool_]] = parts.codes == labels.index(_TRAIN)
-    used = rows.keep(is_train).institutions
-    if used is None or set(used.labels.take(pa.array(np.unique(used.codes))).to_pylist()) != {_TRAIN}:
-        raise LeakError(f"{data}: rows that are held out were about to be used. Report this as a bug.")
-    return is_train
-
-
-# --- making --------------------------------------------------------------------------------------------------
-
-
-def _added_rows(recipe: Recipe, generator: Generator, owned: _Owned, *, seed: int) -> pa.Table:
+def _added_rows(recipe: Recipe, generator: Generator, owned: OwnedRows, *, seed: int) -> pa.Table:
     if recipe.operators is not None:
         return _copies(recipe, recipe.operators, generator, owned, seed=seed)
     drawn = _drawn(recipe, generator, seed)
@@ -256,7 +165,7 @@ def _drawn(recipe: Recipe, generator: Generator, seed: int) -> Traced[Histories]
     )
 
 
-def _copies(recipe: Recipe, operators: Operators, generator: Generator, owned: _Owned, *, seed: int) -> pa.Table:
+def _copies(recipe: Recipe, operators: Operators, generator: Generator, owned: OwnedRows, *, seed: int) -> pa.Table:
     events = private(owned.events)
     if not operators.need_neighbours:
         copies = transformed(events, operators, seed=seed)
@@ -279,7 +188,7 @@ def _chosen(recipe: Recipe, users: Traced[Histories], real: Traced[Histories]) -
     return users
 
 
-def _rows_added_to(owned: _Owned, denser: Traced[Histories], generator: Generator) -> pa.Table:
+def _rows_added_to(owned: OwnedRows, denser: Traced[Histories], generator: Generator) -> pa.Table:
     """The interactions of ``denser`` that the owner's own users did not have."""
     had, has = (
         np.repeat(np.arange(users.num_users), users.lengths()) * users.num_items + users.items
@@ -291,10 +200,7 @@ def _rows_added_to(owned: _Owned, denser: Traced[Histories], generator: Generato
     return table.set_column(0, "user_id", names)
 
 
-# --- rows ----------------------------------------------------------------------------------------------------
-
-
-def _real_rows(owned: _Owned) -> pa.Table:
+def _real_rows(owned: OwnedRows) -> pa.Table:
     rows = owned.rows
     columns: dict[str, Any] = {
         "user_id": rows.users.labels.take(pa.array(rows.users.codes)),

@@ -1,5 +1,6 @@
 """An owner's commands: each parses, calls one function and prints."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,34 @@ Delta = Annotated[
 ]
 By = Annotated[str | None, typer.Option("--by", help="Who decides; default: the user of this session.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+GeneratorFolder = Annotated[Path, typer.Option("--generator", help="Generator folder, such as RUN/generator.")]
+OwnData = Annotated[Path, typer.Option("--data", help="The owner's interactions: Parquet, CSV or RecBole.")]
+ItemsPerUser = Annotated[
+    int, typer.Option("--items-per-user", min=1, help="Public mean length, where the generator tells no lengths.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of fresh randomness; it protects nobody.")]
+Export = Annotated[bool, typer.Option("--export", help="The rows are to leave: refuse if any of them must not.")]
+SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Count and skip rows that cannot be read.")]
+
+
+class Form(StrEnum):
+    """Formats that rows are written in."""
+
+    parquet = "parquet"
+    csv = "csv"
+    recbole = "recbole"
+
+
+class Mode(StrEnum):
+    """What is put beside real rows."""
+
+    new_users = "new-users"
+    tail = "tail"
+    densify = "densify"
+    operators = "operators"
+
+
+FileForm = Annotated[Form, typer.Option("--format", help="Format of the file.")]
 
 
 @ledger.command("show")
@@ -154,3 +183,121 @@ def status(
     from client import decisions
 
     decisions.status(state, last=last, as_json=as_json)
+
+
+def synthesize(
+    generator: GeneratorFolder,
+    users: Annotated[int, typer.Option("--users", min=1, help="How many users to draw.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    form: FileForm = Form.parquet,
+    items_per_user: ItemsPerUser = 50,
+    cold: Annotated[int | None, typer.Option("--cold", min=1, help="Cold users: of 1 to so many items.")] = None,
+    tail: Annotated[float, typer.Option("--tail", help="Lift rare items: 0 not at all, 1 to about equal odds.")] = 0.0,
+    segment: Annotated[
+        Path | None, typer.Option("--segment", help="Public file of item_id, attribute: users who favour some of it.")
+    ] = None,
+    attribute: Annotated[str | None, typer.Option("--attribute", help="Which items of --segment.")] = None,
+    seed: Seed = 0,
+    export: Export = False,
+    as_json: Json = False,
+) -> None:
+    """Draw users from a trained generator, each row with its lineage."""
+    from client import home_commands
+    from shared.augmentation.synthesis import Condition
+
+    home_commands.show_synthesize(
+        generator,
+        users,
+        out,
+        form=form.value,
+        items_per_user=items_per_user,
+        seed=seed,
+        condition=Condition(max_length=cold, tail=tail),
+        segment=home_commands.segment_of(segment, attribute),
+        export=export,
+        as_json=as_json,
+    )
+
+
+def augment(
+    data: OwnData,
+    generator: GeneratorFolder,
+    out: Annotated[Path, typer.Option("--out", help="File to write: all rows of --data, and synthetic ones.")],
+    mode: Annotated[Mode, typer.Option("--mode", help="What is added.")] = Mode.new_users,
+    users: Annotated[int, typer.Option("--users", min=1, help="Synthetic users to draw.")] = 1000,
+    items_per_user: ItemsPerUser = 50,
+    tail: Annotated[float, typer.Option("--tail", help="Of mode tail: how far rare items are lifted.")] = 0.5,
+    operators: Annotated[
+        str | None, typer.Option("--operators", help="Of mode operators, such as mask:0.2,insert:0.1.")
+    ] = None,
+    shorter_than: Annotated[int, typer.Option("--shorter-than", min=1, help="Of densify: whose histories grow.")] = 10,
+    added: Annotated[int, typer.Option("--added", min=1, help="Of densify: by how many items.")] = 5,
+    weight: Annotated[float | None, typer.Option("--weight", help="Most synthetic ÷ real interactions.")] = None,
+    max_similarity: Annotated[
+        float | None,
+        typer.Option("--max-similarity", help="Leave out users more like another than this (Jaccard)."),
+    ] = None,
+    min_lift: Annotated[
+        float | None,
+        typer.Option("--min-lift", help="Leave out users whose items go together less; 1 is chance."),
+    ] = None,
+    form: FileForm = Form.parquet,
+    seed: Seed = 0,
+    export: Export = False,
+    skip_bad_rows: SkipBadRows = False,
+    as_json: Json = False,
+) -> None:
+    """Put synthetic rows beside an owner's own, for training at home."""
+    from client import home_commands
+    from client.augmenting import Recipe
+    from shared.augmentation.operators import Operators
+
+    recipe = Recipe(
+        mode=mode.value,
+        users=users,
+        items_per_user=items_per_user,
+        tail=tail,
+        operators=None if operators is None else Operators.parse(operators.split(",")),
+        shorter_than=shorter_than,
+        added=added,
+        weight=weight,
+        max_similarity=max_similarity,
+        min_lift=min_lift,
+    )
+    home_commands.show_augment(
+        data,
+        generator,
+        out,
+        recipe,
+        form=form.value,
+        seed=seed,
+        export=export,
+        skip_bad_rows=skip_bad_rows,
+        as_json=as_json,
+    )
+
+
+@client.command("tune")
+def tune(
+    data: OwnData,
+    generator: GeneratorFolder,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write the tuned generator to.")],
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of Adam.")] = 200,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of Adam.")] = 0.001,
+    seed: Seed = 0,
+    skip_bad_rows: SkipBadRows = False,
+    as_json: Json = False,
+) -> None:
+    """Fit a received generator to the owner's own users; it is internal then, and never leaves."""
+    from client import home_commands
+
+    home_commands.tune(
+        data,
+        generator,
+        out,
+        steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
+        skip_bad_rows=skip_bad_rows,
+        as_json=as_json,
+    )

@@ -6,7 +6,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -14,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from client.cli import client, ledger
+from client.cli import augment, client, ledger, synthesize
 from shared.config import Scenario, load_scenario
 from shared.errors import FedAugError, InputError
 
@@ -27,14 +26,6 @@ app = typer.Typer(
 )
 app.add_typer(ledger, name="ledger")
 app.add_typer(client, name="client")
-
-
-class Form(StrEnum):
-    """Formats that synthetic users are written in."""
-
-    parquet = "parquet"
-    csv = "csv"
-    recbole = "recbole"
 
 
 ScenarioFile = Annotated[Path | None, typer.Argument(help="Scenario in TOML; without one the built-in sample is run.")]
@@ -85,22 +76,8 @@ def study(
     _run("study", given, out=out, resume=resume, dry_run=dry_run, as_json=as_json)
 
 
-@app.command()
-def synthesize(
-    generator: Annotated[Path, typer.Option(help="Generator folder, such as RUN/generator.")],
-    users: Annotated[int, typer.Option(min=1, help="How many users to draw.")],
-    out: Annotated[Path, typer.Option(help="File to write.")],
-    form: Annotated[Form, typer.Option("--format", help="Format of the file.")] = Form.parquet,
-    items_per_user: Annotated[int, typer.Option(min=1, help="Mean length of a history.")] = 50,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the synthesis; it protects nobody.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Draw users from a trained generator, each row with its lineage."""
-    from simulations import commands
-
-    commands.synthesize(
-        generator, users, out, form=form.value, items_per_user=items_per_user, seed=seed, as_json=as_json
-    )
+app.command()(synthesize)
+app.command()(augment)
 
 
 class _Given(NamedTuple):

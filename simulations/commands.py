@@ -1,18 +1,14 @@
 """What each command of the command line does, and the screen it leaves."""
 
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
-from shared.augmentation.lineage import encode_table, synthetic_table
-from shared.augmentation.synthesis import synthesise_users
+from client.screen import print_json
 from shared.augmentation.weighting import regime
 from shared.config import Scenario
-from shared.errors import InputError
-from shared.files import finite, write_atomically, write_json
-from shared.generators.card import load_generator
+from shared.files import write_atomically, write_json
 from simulations.outcomes import SeedOutcome
 from simulations.owners import build_federation
 from simulations.pricing import price_of
@@ -59,7 +55,7 @@ def price(scenario: Scenario, *, as_json: bool) -> None:
     found = price_of(scenario, build_federation(scenario, seed=scenario.seed))
     name, sentence = regime(found.users_times_epsilon, found.num_owners)
     if as_json:
-        _print_json({**found.to_dict(), "regime": name})
+        print_json({**found.to_dict(), "regime": name})
         return
     console = Console(highlight=False)
     if not found.is_private:
@@ -73,53 +69,6 @@ def price(scenario: Scenario, *, as_json: bool) -> None:
             soft_wrap=True,
         )
     console.print(sentence, soft_wrap=True)
-
-
-def synthesize(
-    directory: Path,
-    users: int,
-    out: Path,
-    *,
-    form: Literal["parquet", "csv", "recbole"],
-    items_per_user: int,
-    seed: int,
-    as_json: bool,
-) -> None:
-    """Draw users from the generator in ``directory`` and write them to ``out``."""
-    generator = load_generator(directory)
-    bound = generator.card.max_items_per_user
-    histories = synthesise_users(
-        generator.model,
-        num_users=users,
-        items_per_user=min(items_per_user, bound),
-        max_items_per_user=bound,
-        seed=seed,
-    )
-    exportable = generator.card.exportable
-    table = synthetic_table(histories, generator.item_ids, generator_id=generator.generator_id, exportable=exportable)
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}. Create it first.")
-    write_atomically(out, encode_table(table, form))
-    result = {
-        "out": str(out),
-        "users": users,
-        "interactions": histories.num_interactions,
-        "generator_id": generator.generator_id,
-        "lineage": "exportable" if exportable else "internal",
-    }
-    if as_json:
-        _print_json(result)
-        return
-    with Talk() as talk:
-        if not exportable:
-            talk.warn(
-                f"This generator's noise is {generator.card.noise}: every row is marked internal and must not leave."
-            )
-    Console(highlight=False).print(
-        f"{users} synthetic users, {histories.num_interactions} interactions, written to {out}",
-        soft_wrap=True,
-        markup=False,
-    )
 
 
 def _run_seeds(scenario: Scenario, run_dir: Path, *, talk: Talk) -> list[FinishedRun]:
@@ -150,7 +99,7 @@ def _run_seeds(scenario: Scenario, run_dir: Path, *, talk: Talk) -> list[Finishe
 def _show_simulation(scenario: Scenario, run_dir: Path, finished: FinishedRun, *, as_json: bool) -> None:
     result = _results(scenario, run_dir, [finished])
     if as_json:
-        _print_json({**finished.run, "study": result, "out": str(run_dir)})
+        print_json({**finished.run, "study": result, "out": str(run_dir)})
         return
     console = Console(highlight=False)
     console.print(owners_table(result))
@@ -160,7 +109,7 @@ def _show_simulation(scenario: Scenario, run_dir: Path, finished: FinishedRun, *
 def _show_study(scenario: Scenario, run_dir: Path, finished: list[FinishedRun], *, as_json: bool) -> None:
     result = _results(scenario, run_dir, finished)
     if as_json:
-        _print_json({**result, "out": str(run_dir)})
+        print_json({**result, "out": str(run_dir)})
         return
     console = Console(highlight=False)
     console.print(arms_table(result))
@@ -195,7 +144,3 @@ def _closing(console: Console, result: dict[str, Any], run: dict[str, Any], run_
     console.print(verdict(result), soft_wrap=True)
     console.print(run["regime"]["sentence"], soft_wrap=True)
     console.print(f"Report: {run_dir / 'report.html'}", soft_wrap=True, markup=False)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(finite(value), allow_nan=False))

@@ -39,8 +39,8 @@ class GanSpec(Spec):
             most histories, since a user who has fewer items than asked for is told from fakes by that.
         popularity_scale: how much the bias of an item's logit counts.
         input_scale: L2 norm of what the discriminator is shown.
-        discriminators: ``aggregated`` travel and are averaged as the generator is, ``local`` stay at their owners; their
-            steps are charged all the same, since the generator carries what they learn.
+        discriminators: ``aggregated`` travel and are averaged as the generator is; ``local`` stay at their owners, and
+            are charged all the same, since the generator carries what they learn.
     """
 
     kind: ClassVar[str] = "gan"
