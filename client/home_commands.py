@@ -41,10 +41,8 @@ def show_synthesize(
     if as_json:
         print_json(found)
         return
-    _print(
-        f"{found['users']:,} synthetic users, {found['interactions']:,} interactions, all {found['lineage']}, written to"
-        f" {out}"
-    )
+    rows = f"{found['interactions']:,} {found['lineage']} interactions"
+    _print(f"{found['users']:,} synthetic users, {rows}, written to {out}")
 
 
 def show_augment(

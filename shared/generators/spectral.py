@@ -121,11 +121,13 @@ def item_vectors(sketch: Sketch, size: int) -> Matrix:
     together = (sketch.vectors * sketch.values.astype(np.float32)) @ sketch.vectors.T
     np.fill_diagonal(together, 0.0)
     np.maximum(together, 0.0, out=together)
-    totals = together.sum(axis=1, dtype=np.float64)
-    by_chance = np.outer(totals / totals.sum(), totals).astype(np.float32)
+    totals = together.sum(axis=1)
+    by_chance = np.outer(totals / totals.sum(), totals)
     # The error of an entry of the denoised matrix, from the degrees of freedom of its eigenvectors.
     error = sketch.noise_stddev * np.sqrt(2.0 * sketch.rank / len(together))
-    shrinkage = np.float32(max(np.median(by_chance), 2.0 * error))
+    # Some rows tell the median as well as all, without another copy of a large matrix.
+    some = by_chance[:: 1 + len(together) // 500]
+    shrinkage = np.float32(max(np.median(some), 2.0 * error))
     together -= by_chance
     by_chance += shrinkage
     together /= by_chance

@@ -331,7 +331,6 @@ def test_specs_out_of_range_are_refused():
         dataclasses.replace(SPEC, fakes=0)
 
 
-@pytest.mark.slow
 def test_training_learns_which_items_go_together():
     one = model(hidden_size=16, discriminator_size=32, fakes=128, items_shown=6, generator_steps=1, loss="bce")
     rng = np.random.default_rng(0)

@@ -141,8 +141,8 @@ def test_items_outside_the_head_have_their_popularity_and_nothing_else():
     outside = ~narrow["to_logits.weight"].any(axis=1)
     assert outside.sum() == 20
     made, real = shares(drawn(narrow)), shares(USERS)
-    # Their chance is taken as linear in their mass: at 0.12, far more than a tail has, that is 7 % too little.
-    assert made[outside].sum() == pytest.approx(real[outside].sum(), rel=0.09)
+    # Their chance is taken as linear in their mass: at 0.12, far more than a tail has, that is 9 % too little.
+    assert made[outside].sum() == pytest.approx(real[outside].sum(), rel=0.13)
     inside = np.ix_(~outside, ~outside)
     assert np.corrcoef(together(drawn(narrow))[inside].ravel(), together(USERS)[inside].ravel())[0, 1] > 0.9
 

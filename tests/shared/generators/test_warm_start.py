@@ -59,7 +59,7 @@ def of_popularity(split: Split) -> float:
 
 
 def of_weights(weights: Weights, spec: VaeSpec, split: Split) -> float:
-    return held_out_likelihood(logits_of(model_from(spec, weights), split.fold_in), split)  # type: ignore[arg-type]
+    return held_out_likelihood(logits_of(model_from(spec, weights), split.fold_in), split)
 
 
 @pytest.mark.parametrize("prior", ["gaussian", "mixture", "flow"])
@@ -69,8 +69,8 @@ def test_a_warm_vae_knows_users_before_it_is_trained(prior, sizes):
     warm, cold = warm_start_vae(SKETCH, spec, seed=0), initial_weights(spec, 0)
     assert {n: v.shape for n, v in warm.items()} == {n: v.shape for n, v in cold.items()}
     assert {value.dtype for value in warm.values()} == {np.dtype(np.float32)}
-    # The planted groups leave 54 items a tenth of the mass: a model that sees the group gains more than one nat.
-    assert of_weights(warm, spec, SPLIT) > max(of_weights(cold, spec, SPLIT), of_popularity(SPLIT)) + 0.5
+    # The planted groups leave 50 of the 60 items a tenth of the mass: who sees the group gains more than one nat.
+    assert of_weights(warm, spec, SPLIT) > max(of_weights(cold, spec, SPLIT), of_popularity(SPLIT)) + 1.0
 
 
 def test_a_warm_vae_draws_users_whose_items_go_together():
@@ -78,7 +78,8 @@ def test_a_warm_vae_draws_users_whose_items_go_together():
         np.full(3000, 8, dtype=np.int64), generator=torch.Generator().manual_seed(0)
     )
     beside = ~np.eye(NUM_ITEMS, dtype=bool)
-    assert np.corrcoef(together(drawn)[beside], together(SPLIT.train)[beside])[0, 1] > 0.9
+    # Not as near as the spectral generator: tanh bends the large latents that six separate groups need.
+    assert np.corrcoef(together(drawn)[beside], together(SPLIT.train)[beside])[0, 1] > 0.7
 
 
 def test_every_layer_of_a_warm_vae_gets_a_gradient():
@@ -91,7 +92,7 @@ def test_every_layer_of_a_warm_vae_gets_a_gradient():
 def test_the_prior_of_a_warm_vae_is_about_standard_normal():
     spec = replace(SPEC, num_components=400)
     model = model_from(spec, warm_start_vae(SKETCH, spec, seed=0))
-    latent = model.sample_latent(4000, generator=torch.Generator().manual_seed(0))  # type: ignore[operator]
+    latent = model.sample_latent(4000, generator=torch.Generator().manual_seed(0))
     # Half of the variance comes from 400 means, known to 1 / √200 each way: four of those halves over 8 dimensions.
     assert float(latent.var()) == pytest.approx(1.0, abs=4 * 0.5 / 200**0.5)
 
@@ -124,5 +125,5 @@ def test_on_the_sample_a_warm_vae_beats_popularity_and_a_cold_one():
     split = Split(*(Histories.concatenate(part) for part in parts))
     spec = replace(SPEC, num_items=split.train.num_items, hidden_size=100, latent_size=32)
     warm = of_weights(warm_start_vae(sketch_of(split.train, head_items=2000), spec, seed=0), spec, split)
-    assert warm > of_popularity(split) + 0.02
-    assert warm > of_weights(initial_weights(spec, 0), spec, split) + 0.5
+    assert warm > of_popularity(split) + 0.1
+    assert warm > of_weights(initial_weights(spec, 0), spec, split) + 0.3

@@ -133,7 +133,7 @@ def test_blocks_of_rows_join_without_a_seam(monkeypatch):
     assert released(rows, terms("both"))["cooccurrence"] == pytest.approx(whole["cooccurrence"], abs=1e-6)
 
 
-NUM_DRAWS, MULTIPLIER = 2_500, 3.0
+NUM_DRAWS, MULTIPLIER = 1_500, 3.0
 
 
 def noise_of(name: str) -> Weights:
