@@ -36,6 +36,8 @@ bench: venv
 	$(BIN)/python -m benchmarks.engines
 	$(BIN)/python -m benchmarks.dpsgd
 	$(BIN)/python -m benchmarks.ledger
+	$(BIN)/python -m benchmarks.synthesis
+	$(BIN)/python -m benchmarks.floors
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -52,6 +52,7 @@ def train_owners(
     pooled = _pooled(owners, recommender, plan) if arms.central else None
     rankings: list[dict[str, Ranking]] = [{} for _ in owners]
     weights: list[dict[str, float]] = [{} for _ in owners]
+    schedules: list[dict[str, str]] = [{} for _ in owners]
     done, steps = 0, len(owners) * max(1, len(arms.synthetic))
     # Arm by arm, not owner by owner: what a recommender computes from synthetic users alone serves all owners.
     for arm, synthetic in arms.synthetic.items():
@@ -66,6 +67,7 @@ def train_owners(
             )
             rankings[position] |= {"local": result.local, arm: result.augmented}
             weights[position][arm] = result.choice.weight
+            schedules[position][arm] = result.choice.schedule
             progress(done := done + 1, steps)
     for position, owner in enumerate(owners):
         if not arms.synthetic:
@@ -80,6 +82,7 @@ def train_owners(
             num_users=owner.num_users,
             epsilon=epsilons[owner.name],
             chosen_weight=weights[position],
+            chosen_schedule=schedules[position],
             per_user={arm: ranking.metric(plan.metric) for arm, ranking in rankings[position].items()},
             coverage={arm: ranking.coverage for arm, ranking in rankings[position].items()},
         )

@@ -22,6 +22,7 @@ class OwnerOutcome:
         num_users: users of the owner, trained on or tested.
         epsilon: what its ledger had spent at the end.
         chosen_weight: by arm that augments.
+        chosen_schedule: by arm that augments: how that weight runs over a recommender's epochs.
         per_user: by arm, the metric of every test user, in one order for all arms.
         coverage: by arm.
     """
@@ -30,6 +31,7 @@ class OwnerOutcome:
     num_users: int
     epsilon: float
     chosen_weight: dict[str, float]
+    chosen_schedule: dict[str, str]
     per_user: dict[str, FloatArray]
     coverage: dict[str, float]
 

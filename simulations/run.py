@@ -293,6 +293,7 @@ def _copy_arm(owner: OwnerOutcome, source: str, target: str) -> OwnerOutcome:
     return replace(
         owner,
         chosen_weight={**owner.chosen_weight, target: owner.chosen_weight[source]},
+        chosen_schedule={**owner.chosen_schedule, target: owner.chosen_schedule[source]},
         per_user={**owner.per_user, target: owner.per_user[source]},
         coverage={**owner.coverage, target: owner.coverage[source]},
     )
@@ -304,6 +305,7 @@ def _metrics(owner: OwnerOutcome) -> dict[str, Any]:
         "num_users": owner.num_users,
         "epsilon": owner.epsilon,
         "chosen_weight": owner.chosen_weight,
+        "chosen_schedule": owner.chosen_schedule,
         "arms": {arm: float(values.mean()) for arm, values in owner.per_user.items()},
         "coverage": owner.coverage,
     }

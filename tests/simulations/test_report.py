@@ -25,7 +25,8 @@ def study(*, gain=0.05, weight=0.3, epsilon=8.0, arms=("local", "federated", "fe
             local = rng.uniform(0.2, 0.6, size=30)
             shifts = {"local": 0.0, "federated": gain, "federated_no_dp": 2 * gain, "central": 0.1}
             per_user = {arm: local + shifts[arm] for arm in arms}
-            owners.append(OwnerOutcome(name, 150, 7.9, {"federated": weight}, per_user, dict.fromkeys(arms, 0.4)))
+            schedule, coverage = {"federated": "constant"}, dict.fromkeys(arms, 0.4)
+            owners.append(OwnerOutcome(name, 150, 7.9, {"federated": weight}, schedule, per_user, coverage))
         outcomes.append(SeedOutcome(seed, tuple(owners), 10.0))
     return collect(outcomes, metric="ndcg@20", epsilon=epsilon, delta=1e-4, num_resamples=200, peak_rss_mib=500.0)
 

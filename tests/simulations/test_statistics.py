@@ -11,7 +11,9 @@ from simulations.study import arms_table, collect, owners_table, verdict
 
 def owner(name, *, epsilon=7.5, weight=0.1, **per_user):
     values = {arm: np.asarray(row, dtype=float) for arm, row in per_user.items()}
-    return OwnerOutcome(name, 100, epsilon, {"federated": weight}, values, dict.fromkeys(values, 0.5))
+    return OwnerOutcome(
+        name, 100, epsilon, {"federated": weight}, {"federated": "constant"}, values, dict.fromkeys(values, 0.5)
+    )
 
 
 def drawn(seed, *, gain=0.02, spread=0.05, num_users=80, gap=0.1, weight=0.1):
