@@ -173,7 +173,7 @@ class AugmentationSection(_Section):
     users: PositiveInt = Field(30_000, description="synthetic users drawn by every owner")
     items_per_user: PositiveInt = Field(50, description="public mean length of a synthetic history")
     weights: Annotated[tuple[Weight, ...], AfterValidator(_weights_contain_zero)] = Field(
-        (0.0, 0.1, 0.3, 1.0, 3.0), description="synthetic ÷ real training mass, to choose from"
+        (0.0, 0.1, 0.3, 1.0, 3.0, 10.0), description="synthetic ÷ real training mass, to choose from"
     )
     folds: Annotated[int, Field(ge=2)] = Field(3, description="parts of the training users, for choosing the weight")
 

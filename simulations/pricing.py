@@ -108,10 +108,10 @@ def price_of(scenario: Scenario, federation: Federation) -> Price:
     declared = declared or _round_up(total)
     max_users = max_users or _round_up(largest)
     delta = scenario.privacy.delta or default_delta(declared)
-    if delta > 1 / declared:
+    if delta > default_delta(declared):
         raise InputError(
-            f"privacy.delta is {delta:g}, above one over the {declared} declared users: it would allow one"
-            f" user's history to be published whole. Use at most {default_delta(declared):.2g} (the default)."
+            f"privacy.delta is {delta:g}. At one over the {declared} declared users one user's history could be published"
+            f" whole, and it must lie well below. Use at most {default_delta(declared):.3g} (the default)."
         )
     sketches = _sketches(scenario, federation.catalogue.num_items, delta=delta, max_users=max_users)
     release = _training(scenario, sketches, delta=delta, max_users=max_users)

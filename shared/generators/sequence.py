@@ -16,7 +16,7 @@ from shared.dpsgd.layers import ScaledBiasLinear
 from shared.errors import InputError
 from shared.generators.base import GeneratorModel, IntArray, Spec
 from shared.generators.sequence_events import EncodedEvents, Events
-from shared.generators.sequence_likelihood import Exclusions, next_item_log_likelihood
+from shared.generators.sequence_likelihood import Taken, next_item_log_likelihood
 from shared.generators.sequence_networks import CausalRecurrent, CausalTransformer, Drop, Past
 
 FloatArray = npt.NDArray[np.float64]
@@ -85,7 +85,8 @@ class SequenceModel(GeneratorModel):
     """Reads a user's events in order and gives each next one a probability: of its item, then of its behaviour given
     the item, then of the bucket of the time before it given both.
 
-    A pair of item and behaviour happens at most once in a sequence, and the probabilities know it. The first place is
+    A pair of item and behaviour happens at most once in a sequence, and the probabilities know it; how likely an item
+    is to happen again in another behaviour is learnt apart. The first place is
     predicted from a start token, so a user is drawn from nothing. Input and output items have weights of their own,
     since DP-SGD cannot clip tied ones.
     Source: Kang & McAuley 2018, arXiv:1808.09781; Hidasi et al. 2016, arXiv:1511.06939.
@@ -111,6 +112,8 @@ class SequenceModel(GeneratorModel):
         if spec.num_behaviours > 1:
             self.behaviours = nn.Embedding(spec.num_behaviours, size)
             self.to_behaviours = nn.Linear(size, spec.num_behaviours)
+            # Added to the logit of each item already taken: what is bought is rarely returned, however popular.
+            self.again = nn.Linear(size, 1)
         if spec.gap_edges:
             self.gaps = nn.Embedding(len(spec.gap_edges), size)
             self.to_gaps = nn.Linear(size, len(spec.gap_edges))
@@ -174,13 +177,14 @@ class SequenceModel(GeneratorModel):
         behaviours = torch.cat([zero, users.behaviours[:, :-1]], dim=1)
         gaps = torch.cat([zero, users.gaps[:, :-1].clamp(min=0)], dim=1)
         states = self.norm(self.network(self._events(items[:, :-1], behaviours, gaps), drop, []))
-        exclusions = Exclusions.of(users, self.spec.num_behaviours)
-        of_items = next_item_log_likelihood(self.to_items(states), users, exclusions)
+        taken = Taken.before(users, self.spec.num_behaviours)
+        again = self.again(states)[:, :, 0] if self.spec.num_behaviours > 1 else None
+        of_items = next_item_log_likelihood(self.to_items(states), users, taken, again)
         of_rest = torch.zeros_like(of_items)
         if self.spec.num_behaviours > 1 or self.spec.gap_edges:
             states = self._with_item(states, items[:, 1:])
         if self.spec.num_behaviours > 1:
-            logits = self.to_behaviours(states).masked_fill(exclusions.behaviours, -torch.inf)
+            logits = self.to_behaviours(states).masked_fill(taken.behaviours, -torch.inf)
             of_rest = of_rest + _chosen(logits, users.behaviours)
         if self.spec.gap_edges:
             logits = self.to_gaps(states) + self.gaps_of_behaviours(users.behaviours)
@@ -263,7 +267,11 @@ class SequenceModel(GeneratorModel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Item, behaviour and gap of the next event of each user, among those that can follow."""
         logits = self.to_items(states)
-        item = _drawn((logits if tilt is None else logits + tilt).masked_fill(taken.all(2), -torch.inf), generator)
+        if tilt is not None:
+            logits = logits + tilt
+        if self.spec.num_behaviours > 1:
+            logits = torch.where(taken.any(2), logits + self.again(states), logits)
+        item = _drawn(logits.masked_fill(taken.all(2), -torch.inf), generator)
         behaviour, gap = torch.zeros_like(item), torch.zeros_like(item)
         if self.spec.num_behaviours > 1 or self.spec.gap_edges:
             states = self._with_item(states, self.items(item))

@@ -101,7 +101,7 @@ def fit_spectral(sketch: Sketch, spec: SpectralSpec, *, seed: int) -> Weights:
         vectors[sketch.head] = item_vectors(sketch, spec.latent_size)
         bias -= 0.5 * (vectors.astype(np.float64) ** 2).sum(axis=1)
     fit = _Fit(sketch, vectors, bias, seed)
-    if sketch.rank:
+    if vectors.any():
         for step in range(_STEPS):
             fit.step(step / _STEPS)
     fit.match_popularity()
@@ -122,6 +122,9 @@ def item_vectors(sketch: Sketch, size: int) -> Matrix:
     np.fill_diagonal(together, 0.0)
     np.maximum(together, 0.0, out=together)
     totals = together.sum(axis=1)
+    found: Matrix = np.zeros((len(together), size), dtype=np.float32)
+    if not totals.any():
+        return found
     by_chance = np.outer(totals / totals.sum(), totals)
     # The error of an entry of the denoised matrix, from the degrees of freedom of its eigenvectors.
     error = sketch.noise_stddev * np.sqrt(2.0 * sketch.rank / len(together))
@@ -133,7 +136,6 @@ def item_vectors(sketch: Sketch, size: int) -> Matrix:
     together /= by_chance
     np.fill_diagonal(together, 0.0)
     values, vectors = _largest_eigenpairs(together, size)
-    found: Matrix = np.zeros((len(together), size), dtype=np.float32)
     found[:, : len(values)] = vectors * np.sqrt(np.maximum(values, 0.0))
     return found
 

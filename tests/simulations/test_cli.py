@@ -173,6 +173,7 @@ GOOD = "user_id,item_id\n" + "".join(f"u{u},i{i}\n" for u in range(30) for i in 
         (GOOD, ["--set=privacy.epsilon=0"], "greater than 0"),
         (GOOD, ["--set=privacy.delta=1"], "less than 1"),
         (GOOD, ["--set=privacy.delta=0.5"], "Use at most"),
+        (GOOD, ["--set=federation.declared_users=5000", "--set=privacy.delta=0.0002"], "well below"),  # one over them
         (GOOD, ["--set=data.catalogue=missing.csv"], "missing.csv"),
         (GOOD, ["--set=recommender.device=cuda:7"], "cuda"),
         (GOOD, ["--engine=turbo"], "inprocess"),

@@ -187,6 +187,12 @@ def test_more_dimensions_than_items_are_left_empty(sketch):
     assert np.isfinite(made["to_logits.weight"]).all()
 
 
+def test_a_head_of_one_item_has_no_pairs():
+    made = fit_spectral(sketch_of(USERS, head_items=1), SPEC, seed=0)
+    assert not made["to_logits.weight"].any()
+    assert np.isfinite(made["to_logits.bias"]).all()
+
+
 def test_it_is_never_trained_on_users():
     one = Spectral(SPEC)
     with pytest.raises(FedAugError, match="never trained on users"):
