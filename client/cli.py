@@ -38,6 +38,13 @@ class Form(StrEnum):
     recbole = "recbole"
 
 
+class TableForm(StrEnum):
+    """Formats of plain tables."""
+
+    parquet = "parquet"
+    csv = "csv"
+
+
 class Mode(StrEnum):
     """What is put beside real rows."""
 
@@ -275,6 +282,21 @@ def augment(
         skip_bad_rows=skip_bad_rows,
         as_json=as_json,
     )
+
+
+def augment_table(
+    data: Annotated[Path, typer.Option("--data", help="Table of any columns: Parquet or CSV.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write: all rows of --data, and noised ones.")],
+    noise: Annotated[str, typer.Option("--noise", help="COLUMN:STDDEV by comma, each in its column's unit.")],
+    copies: Annotated[int, typer.Option("--copies", min=1, help="Noised copies of every row.")] = 1,
+    form: Annotated[TableForm, typer.Option("--format", help="Format of the file.")] = TableForm.parquet,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Put noised copies beside the rows of a plain table: counts, attributes, context; augmentation, not privacy."""
+    from client import home_commands
+
+    home_commands.show_augment_table(data, out, noise, copies=copies, form=form.value, seed=seed, as_json=as_json)
 
 
 @client.command("tune")

@@ -1,8 +1,10 @@
 """What an owner's commands at home do, and the screen they leave."""
 
 from pathlib import Path
+from typing import Literal
 
 from client.augmenting import Recipe, augment
+from client.augmenting_tables import augment_table, read_noise
 from client.home_tuning import fine_tune, save_tuned
 from client.owned_rows import read_owned
 from client.screen import print_json, results, say, warn
@@ -66,6 +68,18 @@ def show_augment(
         say(f"Left out: {count:,} {reason}")
     rows = ", ".join(f"{count:,} {kind}" for kind, count in found["rows"].items())
     _print(f"Rows: {rows}; {found['lineage'][INTERNAL]:,} of them internal. Written to {out}, which must stay at home.")
+
+
+def show_augment_table(
+    data: Path, out: Path, noise: str, *, copies: int, form: Literal["parquet", "csv"], seed: int, as_json: bool
+) -> None:
+    """Write a table with noised copies of its rows, and say how many of each."""
+    found = augment_table(data, out, read_noise(noise.split(",")), copies=copies, form=form, seed=seed)
+    if as_json:
+        print_json(found)
+        return
+    rows = ", ".join(f"{count:,} {kind}" for kind, count in found["rows"].items())
+    _print(f"Rows: {rows}, all internal. Written to {out}, which must stay at home.")
 
 
 def tune(

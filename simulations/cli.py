@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from client.cli import augment, client, ledger, synthesize
+from client.cli import augment, augment_table, client, ledger, synthesize
 from shared.config import Scenario, load_scenario
 from shared.errors import FedAugError, InputError
 
@@ -78,6 +78,7 @@ def study(
 
 app.command()(synthesize)
 app.command()(augment)
+app.command()(augment_table)
 
 
 class _Given(NamedTuple):

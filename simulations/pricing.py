@@ -110,8 +110,8 @@ def price_of(scenario: Scenario, federation: Federation) -> Price:
     delta = scenario.privacy.delta or default_delta(declared)
     if delta > default_delta(declared):
         raise InputError(
-            f"privacy.delta is {delta:g}. At one over the {declared} declared users one user's history could be published"
-            f" whole, and it must lie well below. Use at most {default_delta(declared):.3g} (the default)."
+            f"privacy.delta is {delta:g}. At one over the {declared} declared users one user's history could be"
+            f" published whole, and it must lie well below. Use at most {default_delta(declared):.3g} (the default)."
         )
     sketches = _sketches(scenario, federation.catalogue.num_items, delta=delta, max_users=max_users)
     release = _training(scenario, sketches, delta=delta, max_users=max_users)

@@ -57,7 +57,7 @@ def regime(users_times_epsilon: float, num_owners: int) -> Regime:
     )
     caveat = (
         "This rule of thumb was read off one data set, MovieLens-1M, and a one-shot release; sparser data needed about"
-        " five times more, and a generator trained step by step, as here, hardly less."
+        " five times more, and a generator trained step by step hardly less."
     )
     if found < _HOPELESS:
         return Regime(

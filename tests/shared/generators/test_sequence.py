@@ -447,7 +447,8 @@ def test_it_beats_a_markov_chain_and_draws_users_like_those_it_learnt_from(archi
     load_weights(made, initial_weights_of(made, 0))
     optimizer = torch.optim.Adam(made.parameters(), lr=0.01)
     encoded, rng = made.encode(train), np.random.default_rng(0)
-    for _ in range(250):
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / 300)
         optimizer.zero_grad()
         losses(made, encoded.batch(rng.integers(0, 800, 64))).mean().backward()
         optimizer.step()

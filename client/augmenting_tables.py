@@ -1,0 +1,79 @@
+"""Write a plain table with noised copies of its rows beside them, each with its class."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from shared.augmentation.lineage import INTERNAL, write_tables
+from shared.augmentation.tabular import FeatureNoise, noisy_table
+from shared.errors import InputError
+from shared.rng import stream
+
+_ADDED = ("synthetic", "lineage")
+_PARQUET = (".parquet", ".pq")
+
+
+def augment_table(
+    data: Path, out: Path, noise: dict[str, FeatureNoise], *, copies: int, form: Literal["parquet", "csv"], seed: int
+) -> dict[str, Any]:
+    """Write to ``out`` the rows of ``data`` and ``copies`` of them with noise: counts, attributes of items, context.
+
+    Args:
+        data: Parquet or CSV file of any columns; never changed.
+        noise: by column of numbers.
+        seed: of the noise, which is augmentation and protects nobody.
+    Returns: ``out`` and ``rows`` by kind.
+    Guarantee:
+        Every row is ``internal``: a copy is its row and public noise.
+    Raises:
+        InputError: the table cannot be read or lacks a column, or ``out`` is ``data``.
+    """
+    if out.resolve() == data.resolve():
+        raise InputError(f"--out {out} would overwrite what is read. Give another path.")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}. Create it first.")
+    real = _read(data)
+    if clash := [name for name in _ADDED if name in real.column_names]:
+        raise InputError(
+            f"{data} has a column {clash[0]} already: it was augmented before. Give the file it came from."
+        )
+    parts = [_marked(real, synthetic=False)]
+    for number in range(copies):
+        parts.append(_marked(noisy_table(real, noise, rng=stream(seed, "augment-table", number)), synthetic=True))
+    write_tables(out, parts, form)
+    return {"out": str(out), "rows": {"real": real.num_rows, "synthetic": copies * real.num_rows}, "lineage": INTERNAL}
+
+
+def read_noise(texts: Sequence[str]) -> dict[str, FeatureNoise]:
+    """Read ``column:stddev`` texts; InputError where one is of another form."""
+    noise = {}
+    for text in texts:
+        name, colon, stddev = text.rpartition(":")
+        try:
+            noise[name] = FeatureNoise(noise_stddev=float(stddev))
+        except ValueError:
+            colon = ""
+        if not (colon and name):
+            raise InputError(
+                f"--noise {text!r:.80}: expected COLUMN:STDDEV, in the column's own unit, such as age:2.5."
+            )
+    return noise
+
+
+def _read(data: Path) -> pa.Table:
+    try:
+        if data.suffix.lower() in _PARQUET:
+            return pyarrow.parquet.read_table(data)
+        return pyarrow.csv.read_csv(data)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{data}: not readable as Parquet or CSV ({error}).") from None
+
+
+def _marked(table: pa.Table, *, synthetic: bool) -> pa.Table:
+    marks = pa.array(np.full(table.num_rows, synthetic))
+    return table.append_column("synthetic", marks).append_column("lineage", pa.array([INTERNAL] * table.num_rows))
