@@ -124,6 +124,8 @@ def measure(
             expected_batch=expected_batch,
             learning_rate=learning_rate,
             seed=seed,
+            momentum=scenario.federation.server_momentum,
+            average_decay=scenario.federation.average_decay,
         )
     trained = time.monotonic()
     bound = scenario.data.max_items_per_user
@@ -190,16 +192,21 @@ def train_without_privacy(
     expected_batch: int,
     learning_rate: float,
     seed: int,
+    momentum: float = 0.9,
+    average_decay: float = 0.0,
 ) -> None:
     """Train ``model`` on all of ``histories``, without clipping or noise.
 
     Args:
         learning_rate: of Adam; the descent whose difference it follows has 1.
+        momentum: Adam's first decay.
+        average_decay: of the average of the weights, which is what remains, as the server keeps one; 0 for the last.
     """
     encoded = model.encode(histories)
     chance, sampling = Chance.seeded(seed, "floors", "latent"), Chance.seeded(seed, "floors", "sampling")
     descent = torch.optim.SGD(model.private_part.parameters(), lr=1.0)
-    adam = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.99))
+    adam = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(momentum, 0.99))
+    average = [value.detach().clone() for value in model.parameters()]
     rate = min(1.0, expected_batch / histories.num_users)
     for step in range(num_steps):
         done = step / num_steps
@@ -217,6 +224,11 @@ def train_without_privacy(
             value.grad = start - value.detach()
             value.data.copy_(start)
         adam.step()
+        kept = min(average_decay, (step + 1) / (step + 10))
+        for mean, value in zip(average, model.parameters(), strict=True):
+            mean.mul_(kept).add_(value.detach(), alpha=1 - kept)
+    for mean, value in zip(average, model.parameters(), strict=True):
+        value.data.copy_(mean)
 
 
 def tstr(users: Histories, task: Task, *, l2: Sequence[float] = L2) -> Score:

@@ -122,10 +122,10 @@ class GanSection(_Section):
     discriminators: Literal["aggregated", "local"] = Field(
         "aggregated", description="averaged like the generator, or kept by every owner"
     )
-    fakes: PositiveInt = Field(100, description="rows of the generator in every step of the discriminator")
+    fakes: PositiveInt = Field(40, description="rows of the generator in every step of the discriminator")
     generator_steps: PositiveInt = Field(1, description="steps of the generator after each of the discriminator")
     generator_rate_share: Finite = Field(1.0, description="learning rate of the generator ÷ the discriminator's")
-    items_shown: PositiveInt = Field(20, description="public mean length of what the discriminator is shown of a user")
+    items_shown: PositiveInt = Field(40, description="public mean length of what the discriminator is shown of a user")
     input_scale: Finite = Field(10.0, description="L2 norm of what the discriminator is shown of a user")
 
 
