@@ -225,10 +225,10 @@ def train_without_privacy(
             value.data.copy_(start)
         adam.step()
         kept = min(average_decay, (step + 1) / (step + 10))
-        for mean, value in zip(average, model.parameters(), strict=True):
-            mean.mul_(kept).add_(value.detach(), alpha=1 - kept)
-    for mean, value in zip(average, model.parameters(), strict=True):
-        value.data.copy_(mean)
+        for averaged, value in zip(average, model.parameters(), strict=True):
+            averaged.mul_(kept).add_(value.detach(), alpha=1 - kept)
+    for averaged, value in zip(average, model.parameters(), strict=True):
+        value.data.copy_(averaged)
 
 
 def tstr(users: Histories, task: Task, *, l2: Sequence[float] = L2) -> Score:

@@ -81,3 +81,8 @@ def test_a_missing_or_broken_file_says_what_to_do(tmp_path):
     (tmp_path / "broken.toml").write_text("[data\n")
     with pytest.raises(InputError, match="not readable as TOML"):
         load_scenario(tmp_path / "broken.toml", [])
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "docs" / "scenarios").glob("*.toml")), ids=str)
+def test_scenarios_that_come_with_the_documents_are_valid(path):
+    assert load_scenario(path, []) != load_scenario(None, [])
