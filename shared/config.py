@@ -141,7 +141,8 @@ class SequenceSection(_Section):
     num_heads: PositiveInt = Field(2, description="heads of the transformer's attention")
     max_length: PositiveInt = Field(50, description="events of a user that a training step reads")
     gap_edges: tuple[PositiveInt, ...] = Field(
-        (60, 3600, 86_400, 604_800, 2_592_000), description="where buckets of the time between events end, in seconds"
+        (1, 60, 3600, 86_400, 604_800, 2_592_000, 31_536_000),
+        description="where buckets of the time between events end, in seconds",
     )
 
 
