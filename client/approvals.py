@@ -108,7 +108,11 @@ class Proposal:
                 f"After every round of training the weights of a {self.spec.kind} generator over"
                 f" {self.spec.num_items:,} items ({size:,} numbers, {mib_of(size):,.1f} MiB) leave this machine."
             )
-        lines.append("Losses and user counts leave too." if self.collect_metrics else "No count, loss or row leaves.")
+        lines.append(
+            "Losses and user counts leave too."
+            if self.collect_metrics
+            else "No exact count, no loss and no row leaves."
+        )
         told = "\n".join(lines)
         return (
             f"{told}\n"

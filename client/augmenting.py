@@ -27,6 +27,7 @@ Mode = Literal["new-users", "tail", "densify", "operators"]
 _TRAIN = "train"
 _PLAIN_BEHAVIOUR = "interaction"
 _NUM_NEIGHBOURS = 20
+_TAIL, _SHORTER_THAN, _ADDED = 0.5, 10, 5  # where a recipe does not say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +39,9 @@ class Recipe:
             to short real histories, ``operators`` adds a transformed copy of each real history.
         users: synthetic users drawn; in the last two modes those that are looked at for similar users and items.
         items_per_user: public mean length of their histories.
-        tail: for ``tail``: see :class:`Condition`.
+        tail: for ``tail``: see :class:`Condition`; by default 0.5.
         operators: for ``operators``.
-        shorter_than, added: for ``densify``: users with fewer interactions are given so many items.
+        shorter_than, added: for ``densify``: users with fewer interactions (by default 10) are given so many items (5).
         weight: synthetic ÷ real interactions: only the first of the users drawn, up to this, are kept.
         max_similarity: users more alike than this (Jaccard's) to one another or to a real user are left out.
         min_lift: users whose items go together less than this are left out, see :func:`coherent`.
@@ -51,10 +52,10 @@ class Recipe:
     mode: Mode
     users: int = 1000
     items_per_user: int = 50
-    tail: float = 0.5
+    tail: float | None = None
     operators: Operators | None = None
-    shorter_than: int = 10
-    added: int = 5
+    shorter_than: int | None = None
+    added: int | None = None
     weight: float | None = None
     max_similarity: float | None = None
     min_lift: float | None = None
@@ -67,6 +68,9 @@ class Recipe:
                 "augment: operators, such as mask:0.2, are needed with mode operators, and belong to no other mode;"
                 f" this is {self.mode} with {'none' if self.operators is None else 'some'}."
             )
+        for name, mode in (("tail", "tail"), ("shorter_than", "densify"), ("added", "densify")):
+            if getattr(self, name) is not None and self.mode != mode:
+                raise InputError(f"augment: {name} belongs to mode {mode}, and this is {self.mode}. Leave it out.")
         if self.mode in ("densify", "operators"):
             for name in ("weight", "max_similarity", "min_lift"):
                 if getattr(self, name) is not None:
@@ -152,14 +156,16 @@ def _added_rows(recipe: Recipe, generator: Generator, owned: OwnedRows, *, seed:
     drawn = _drawn(recipe, generator, seed)
     if recipe.mode == "densify":
         events = private(owned.events)
-        denser = densified(events, drawn, shorter_than=recipe.shorter_than, added=recipe.added, seed=seed)
+        shorter_than, added = recipe.shorter_than or _SHORTER_THAN, recipe.added or _ADDED
+        denser = densified(events, drawn, shorter_than=shorter_than, added=added, seed=seed)
         return _rows_added_to(owned, denser, generator)
     chosen = _chosen(recipe, drawn, private(owned.users.histories))
     return _rows_of(chosen, generator, generator.card.behaviours, made_by=generator.generator_id)
 
 
 def _drawn(recipe: Recipe, generator: Generator, seed: int) -> Traced[Histories]:
-    condition = Condition(tail=recipe.tail) if recipe.mode == "tail" else None
+    tail = _TAIL if recipe.tail is None else recipe.tail
+    condition = Condition(tail=tail) if recipe.mode == "tail" else None
     return new_users(
         generator, num_users=recipe.users, items_per_user=recipe.items_per_user, seed=seed, condition=condition
     )

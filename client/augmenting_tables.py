@@ -1,6 +1,7 @@
 """Write a plain table with noised copies of its rows beside them, each with its class."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,11 +34,11 @@ def augment_table(
     Raises:
         InputError: the table cannot be read or lacks a column, or ``out`` is ``data``.
     """
-    if out.resolve() == data.resolve():
+    if out.resolve() == data.resolve() or (out.exists() and data.exists() and out.samefile(data)):
         raise InputError(f"--out {out} would overwrite what is read. Give another path.")
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent}. Create it first.")
-    real = _read(data)
+    real = _read(data, noise)
     if clash := [name for name in _ADDED if name in real.column_names]:
         raise InputError(
             f"{data} has a column {clash[0]} already: it was augmented before. Give the file it came from."
@@ -50,26 +51,31 @@ def augment_table(
 
 
 def read_noise(texts: Sequence[str]) -> dict[str, FeatureNoise]:
-    """Read ``column:stddev`` texts; InputError where one is of another form."""
+    """Read ``column:stddev`` texts, or ``column:stddev:low`` with a lower bound; InputError for any other form."""
     noise = {}
     for text in texts:
-        name, colon, stddev = text.rpartition(":")
+        name, *numbers = text.split(":")
         try:
-            noise[name] = FeatureNoise(noise_stddev=float(stddev))
+            values = [float(number) for number in numbers]
         except ValueError:
-            colon = ""
-        if not (colon and name):
+            values = []
+        if not name or len(values) not in (1, 2):
             raise InputError(
-                f"--noise {text!r:.80}: expected COLUMN:STDDEV, in the column's own unit, such as age:2.5."
+                f"--noise {text!r:.80}: expected COLUMN:STDDEV or COLUMN:STDDEV:LOW, in the column's own unit, such as"
+                " age:2.5 or views:2:0."
             )
+        noise[name] = FeatureNoise(noise_stddev=values[0], low=values[1] if len(values) == 2 else -math.inf)
     return noise
 
 
-def _read(data: Path) -> pa.Table:
+def _read(data: Path, noised: Collection[str]) -> pa.Table:
     try:
         if data.suffix.lower() in _PARQUET:
             return pyarrow.parquet.read_table(data)
-        return pyarrow.csv.read_csv(data)
+        # Only what gets noise is read as numbers: an id of 007 stays one.
+        header = pyarrow.csv.open_csv(data).schema.names
+        texts = {name: pa.string() for name in header if name not in noised}
+        return pyarrow.csv.read_csv(data, convert_options=pyarrow.csv.ConvertOptions(column_types=texts))
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{data}: not readable as Parquet or CSV ({error}).") from None
 

@@ -233,12 +233,16 @@ def augment(
     mode: Annotated[Mode, typer.Option("--mode", help="What is added.")] = Mode.new_users,
     users: Annotated[int, typer.Option("--users", min=1, help="Synthetic users to draw.")] = 1000,
     items_per_user: ItemsPerUser = 50,
-    tail: Annotated[float, typer.Option("--tail", help="Of mode tail: how far rare items are lifted.")] = 0.5,
+    tail: Annotated[
+        float | None, typer.Option("--tail", help="Of mode tail: how far rare items are lifted; 0.5.")
+    ] = None,
     operators: Annotated[
         str | None, typer.Option("--operators", help="Of mode operators, such as mask:0.2,insert:0.1.")
     ] = None,
-    shorter_than: Annotated[int, typer.Option("--shorter-than", min=1, help="Of densify: whose histories grow.")] = 10,
-    added: Annotated[int, typer.Option("--added", min=1, help="Of densify: by how many items.")] = 5,
+    shorter_than: Annotated[
+        int | None, typer.Option("--shorter-than", min=1, help="Of densify: whose histories grow; 10.")
+    ] = None,
+    added: Annotated[int | None, typer.Option("--added", min=1, help="Of densify: by how many items; 5.")] = None,
     weight: Annotated[float | None, typer.Option("--weight", help="Most synthetic ÷ real interactions.")] = None,
     max_similarity: Annotated[
         float | None,
@@ -287,7 +291,7 @@ def augment(
 def augment_table(
     data: Annotated[Path, typer.Option("--data", help="Table of any columns: Parquet or CSV.")],
     out: Annotated[Path, typer.Option("--out", help="File to write: all rows of --data, and noised ones.")],
-    noise: Annotated[str, typer.Option("--noise", help="COLUMN:STDDEV by comma, each in its column's unit.")],
+    noise: Annotated[str, typer.Option("--noise", help="COLUMN:STDDEV or COLUMN:STDDEV:LOW, by comma.")],
     copies: Annotated[int, typer.Option("--copies", min=1, help="Noised copies of every row.")] = 1,
     form: Annotated[TableForm, typer.Option("--format", help="Format of the file.")] = TableForm.parquet,
     seed: Seed = 0,

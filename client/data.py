@@ -46,8 +46,9 @@ def training_histories(directory: Path, policy: Policy, *, num_items: int) -> Hi
 def digest_of(histories: Histories) -> bytes:
     """SHA-256 of what is trained on."""
     content = hashlib.sha256()
-    for values in (histories.indptr, histories.items):
-        content.update(np.ascontiguousarray(values).tobytes())
+    for values in (histories.indptr, histories.items, histories.timestamps, histories.behaviours):
+        if values is not None:
+            content.update(np.ascontiguousarray(values).tobytes())
     return content.digest()
 
 

@@ -103,9 +103,8 @@ def tune(
         raise InputError(f"{out} exists and is not empty. Choose another --out.")
     received = load_generator(generator)
     owned = read_owned(data, received, skip_bad_rows=skip_bad_rows)
-    # Codes are the generator's own; an owner's labels may be others, so events keep to items where they differ.
-    events = owned.events if owned.behaviours == received.card.behaviours else owned.users.histories
-    weights = fine_tune(received, events, steps=steps, learning_rate=learning_rate, seed=seed)
+    histories = owned.events if received.card.behaviours else owned.users.histories
+    weights = fine_tune(received, histories, steps=steps, learning_rate=learning_rate, seed=seed)
     identity = save_tuned(out, received, weights)
     if as_json:
         print_json(

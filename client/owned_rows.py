@@ -81,7 +81,10 @@ def read_owned(
     users = index_users(train, catalogue, min_interactions=1, max_items_per_user=bound, outside_catalogue="count")
     if train.behaviours is None:
         return OwnedRows(rows, has_split, is_train, users, users.histories, ())
-    names = tuple(train.behaviours.labels.take(pa.array(np.unique(train.behaviours.codes))).to_pylist())
+    # The generator's own names first, in its order: its codes are their places.
+    present = train.behaviours.labels.take(pa.array(np.unique(train.behaviours.codes))).to_pylist()
+    known = generator.card.behaviours
+    names = (*known, *(name for name in present if name not in known))
     events = index_events(train, users, catalogue, behaviours=names, max_items_per_user=bound)
     return OwnedRows(rows, has_split, is_train, users, events.histories, names)
 

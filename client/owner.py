@@ -27,6 +27,7 @@ from client.train_generator import TrainedRound, chance_for, train_generator
 from shared.code import code_hash, versions
 from shared.data.histories import Histories
 from shared.errors import FedAugError, RefusedError
+from shared.generators.base import Weights
 from shared.generators.family import weight_shapes
 from shared.privacy.chain import Charge
 from shared.privacy.noise import LOCAL_NOISE, NO_NOISE, SEEDED_NOISE, NoiseKind
@@ -136,8 +137,9 @@ class Owner:
                 return kept if kept.receipt else self._keep(job, replace(kept, receipt=ledger.receipt()))
         histories = training_histories(self.directory, policy, num_items=job.spec.num_items)
         self._require_approval(job, policy, ledger)
+        home = self._home_weights(job)
         number = self._charge(job, policy, key, ledger, histories, before)
-        trained = self._train(job, histories, policy)
+        trained = self._train(job, histories, policy, home)
         reply = self._reply(job, trained, histories)
         self._keep(job, reply)
         receipt = ledger.commit(
@@ -147,6 +149,14 @@ class Owner:
             reply_digest=_digest(reply),
         )
         return self._keep(job, replace(reply, receipt=receipt))
+
+    def _home_weights(self, job: TrainJob) -> Weights:
+        """What this owner keeps of the generator, read before anything is charged for."""
+        if job.plan.sketch is not None:
+            return {}
+        first_round = len(job.plan.sketches) + 1
+        before = job.plan.server_round
+        return load_home_weights(self.directory, job.run_id, job.spec, before_round=before, first_round=first_round)
 
     def _charge(
         self,
@@ -181,15 +191,17 @@ class Owner:
             job,
             now=datetime.now(UTC),
             delta=delta,
-            epsilon_of_run=_epsilon((), job.plan.whole_run, delta),
+            # What was charged, not what this request says of earlier rounds: terms may change on the way.
+            epsilon_of_run=_epsilon(
+                tuple((release, 1) for release in ledger.releases_of(job.run_id)), job.plan.rest_of_run, delta
+            ),
             epsilon_after=_epsilon(tuple(ledger.spent().items()), job.plan.rest_of_run, delta),
         )
         require_approval(self.directory, proposal, policy)
 
-    def _train(self, job: TrainJob, histories: Histories, policy: Policy) -> TrainedRound:
+    def _train(self, job: TrainJob, histories: Histories, policy: Policy, home: Weights) -> TrainedRound:
         if job.plan.sketch is not None:
             return self._sketch(job, histories)
-        home = load_home_weights(self.directory, job.run_id, job.spec, before_round=job.plan.server_round)
         trained = train_generator(
             {name: {**job.weights, **home}[name] for name in weight_shapes(job.spec)},
             histories,
@@ -275,7 +287,9 @@ def _refuse_over_budget(
 def _alternative(plan: RoundPlan, policy: Policy, spent: RunningCost) -> str | None:
     """What would still fit below the ceiling for life, in words."""
     ceiling, release, rest = policy.ceilings.epsilon, plan.release, plan.rest_of_run[-1]
-    if ceiling is None or release is None or plan.sketch is not None or not isinstance(rest, DpSgdRelease):
+    if plan.sketch is not None:
+        return "More noise in the sketch: a smaller privacy.epsilon or privacy.sketch_share may fit"
+    if ceiling is None or release is None or not isinstance(rest, DpSgdRelease):
         return None
     to_come = plan.rounds_to_come
     more = affordable_rounds(spent, release, delta=policy.ceilings.delta, ceiling=ceiling, most=to_come)

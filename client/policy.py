@@ -109,6 +109,9 @@ class Policy(_Section):
     # Were it the server's to choose, refusals would tell the private count.
     max_users: _Count = Field(description="public bound on the owner's users, which every plan must name")
     max_items_per_user: _Count = Field(1000, description="contribution bound: the newest so many are kept")
+    behaviours: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="public names of the behaviours that sequence generators may tell apart; empty: none are"
+    )
     expires: date | None = Field(None, description="last day on which requests are answered; none: no last day")
     opt_out: Annotated[str, AfterValidator(_one_line)] | None = Field(
         None, description="text file, beside this one, of the user ids that never train, one a line; none: nobody"

@@ -10,7 +10,9 @@ import numpy as np
 
 from client.policy import Policy
 from shared.errors import BudgetExceeded, RefusedError
-from shared.generators.family import GeneratorSpec, travelling_shapes
+from shared.generators.family import GeneratorSpec, travelling_shapes, weight_shapes
+from shared.generators.gan import GanSpec
+from shared.generators.sequence import SequenceSpec
 from shared.privacy.releases import Release
 from shared.wire.arrays import HEAD, answered_shapes, asked_shapes, num_numbers
 from shared.wire.messages import TrainJob
@@ -123,8 +125,13 @@ def check_budget(policy: Policy, *, life: Spending, run: Spending, alternative: 
             )
 
 
+def _dense_rows(spec: GeneratorSpec) -> int:
+    """Numbers that a step holds besides weights, whoever is drawn: the fakes of a GAN."""
+    return spec.fakes * spec.num_items if isinstance(spec, GanSpec) else 0
+
+
 def num_weights(spec: GeneratorSpec) -> int:
-    """Numbers in a generator."""
+    """Numbers of a generator that leave after a round."""
     return num_numbers(travelling_shapes(spec))
 
 
@@ -193,8 +200,22 @@ def _check_generator(job: TrainJob, policy: Policy) -> None:
             allowed=f"{', '.join(policy.allowed.generators) or 'none'} (allowed.generators)",
             advice="Ask for one of these, or allow the kind in policy.toml.",
         )
-    size = num_weights(job.spec)
-    _at_most("size", "a generator of {} weights", size, policy.limits.max_weights, key="limits.max_weights")
+    if isinstance(job.spec, SequenceSpec) and job.spec.num_behaviours != max(1, len(policy.behaviours)):
+        raise Refusal(
+            "generator",
+            asked=f"{job.spec.num_behaviours} behaviours",
+            allowed=f"{max(1, len(policy.behaviours))} (behaviours)",
+            advice="Codes would mean other behaviours: give both sides the same public names, in the same order.",
+        )
+    if job.spec.kind == "spectral" and job.plan.num_training_rounds:
+        raise Refusal(
+            "generator",
+            asked="training of a spectral generator",
+            allowed="sketches alone: it is read off them",
+            advice="Ask the server's operator to plan no rounds of training, or another kind.",
+        )
+    size = num_numbers(weight_shapes(job.spec)) + _dense_rows(job.spec)
+    _at_most("size", "a generator of {} numbers", size, policy.limits.max_weights, key="limits.max_weights")
     largest = max(mib_of(num_numbers(shapes)) for shapes in (travelling_shapes(job.spec), answered_shapes(job)))
     _at_most("size", "messages of {} MiB", largest, policy.limits.max_message_mib, key="limits.max_message_mib")
 

@@ -27,6 +27,7 @@ def simulated_policy(
     epsilon: float | None,
     delta: float,
     max_items_per_user: int = 1000,
+    behaviours: tuple[str, ...] = (),
     dpsgd: DpSgd | None = None,
 ) -> Policy:
     """What a simulated owner allows: anything that its ceiling for life allows; None is no ceiling."""
@@ -35,6 +36,7 @@ def simulated_policy(
         catalogue_hash=catalogue_hash,
         max_users=max_users,
         max_items_per_user=max_items_per_user,
+        behaviours=behaviours,
         simulated=True,
         ceilings=Ceilings(epsilon=epsilon, delta=delta),
         limits=Limits(min_noise_multiplier=1e-12, max_steps_per_round=10**6, max_steps_per_run=10**6, min_owners=1),

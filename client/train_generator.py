@@ -29,8 +29,8 @@ class TrainedRound:
 
     Args:
         release: what was executed, by Opacus' accountant; None without privacy.
-        loss: mean over the users drawn and steps; no number where nobody was drawn.
-        num_zeroed: users that counted as zero because their loss or gradient was not finite, over all steps.
+        loss: mean over the rows of all batches, users and a GAN's fakes; no number where there was none.
+        num_zeroed: rows that counted as zero because their loss or gradient was not finite, over all steps.
     """
 
     weights: Weights

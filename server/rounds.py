@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
@@ -24,7 +24,7 @@ from shared.errors import InputError
 from shared.generators.base import Weights
 from shared.generators.family import initial_weights
 from shared.wire.arrays import travelling_only
-from shared.wire.messages import TrainJob, TrainReply
+from shared.wire.messages import JOB, WEIGHTS, TrainJob, TrainReply
 
 
 def run_rounds(grid: Grid, run_dir: Path) -> None:
@@ -82,10 +82,7 @@ def _run_round(
         noise_seed=plan.noise_seed,
         collect_metrics=plan.collect_metrics,
     )
-    roster = cast(Grid, _Roster(owners))
-    messages = strategy.configure_train(server_round, job.to_arrays(), job.to_config(), roster)
-    answers = grid.send_and_receive(messages, timeout=plan.deadline_seconds)
-    replies = read_replies(answers, plan, job, owners)
+    replies = read_replies(_send(grid, plan, strategy, job, owners), plan, job, owners)
     if len(replies) < plan.min_owners:
         raise TooFewOwners(len(replies), plan, doing=f"answered round {server_round}")
     told = [reply for reply, _ in replies]
@@ -111,6 +108,23 @@ def _after_sketch(
     if server_round < len(plan.terms.sketches):
         return replace(latest, statistics=statistics)
     return replace(latest, weights=begin(run_dir, plan, statistics, len(replies)), statistics={})
+
+
+def _send(
+    grid: Grid, plan: FederationPlan, strategy: FedAvg, job: TrainJob, owners: dict[int, str]
+) -> Iterable[Message]:
+    """The answers to ``job`` of all ``owners``."""
+    server_round = job.plan.server_round
+    if job.plan.sketch is None:
+        roster = cast(Grid, _Roster(owners))
+        messages = list(strategy.configure_train(server_round, job.to_arrays(), job.to_config(), roster))
+    else:
+        # Not by the strategy: it would take what a sketch brings for weights.
+        config = job.to_config()
+        config["server-round"] = server_round
+        content = RecordDict({WEIGHTS: job.to_arrays(), JOB: config})
+        messages = [Message(content, node, MessageType.TRAIN) for node in sorted(owners)]
+    return grid.send_and_receive(messages, timeout=plan.deadline_seconds)
 
 
 def _averaged(

@@ -8,8 +8,12 @@ from shared.generators.family import GeneratorSpec, spec_from_dict
 _OF_VAE = ("hidden_size", "latent_size", "prior", "num_components", "kl_weight", "kl_anneal_share", "dropout")
 
 
-def spec_of(scenario: Scenario, num_items: int) -> GeneratorSpec:
-    """The generator that ``scenario`` asks for, over a catalogue of ``num_items``."""
+def spec_of(scenario: Scenario, num_items: int, *, has_times: bool = True) -> GeneratorSpec:
+    """The generator that ``scenario`` asks for, over a catalogue of ``num_items``.
+
+    Args:
+        has_times: whether the source tells when things happened; a sequence generator models no time without.
+    """
     section = scenario.generator
     values: dict[str, Any] = {"kind": section.kind, "num_items": num_items}
     if section.kind != "spectral":
@@ -23,6 +27,8 @@ def spec_of(scenario: Scenario, num_items: int) -> GeneratorSpec:
         case "sequence":
             values |= section.sequence.model_dump(exclude={"behaviours"})
             values |= {"dropout": section.dropout, "num_behaviours": max(1, len(section.sequence.behaviours))}
+            if not has_times:
+                values["gap_edges"] = ()
         case "spectral":
             values["latent_size"] = section.latent_size
     return spec_from_dict(values)

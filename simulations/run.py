@@ -28,6 +28,7 @@ from shared.data.histories import Histories
 from shared.errors import InputError
 from shared.files import write_atomically, write_json
 from shared.generators.card import Generator, GeneratorCard, load_generator, save_generator
+from shared.generators.family import GeneratorSpec
 from shared.generators.lengths import LengthShares
 from shared.privacy.accounting import certified_epsilon
 from shared.privacy.noise import NO_NOISE, SEEDED_NOISE
@@ -147,10 +148,10 @@ def run_seed(prepared: Prepared, run_dir: Path, *, talk: Talk) -> FinishedRun:
 def _train(
     scenario: Scenario, federation: Federation, price: Price, run_dir: Path, *, private: bool, talk: Talk
 ) -> Generator:
-    spec = spec_of(scenario, federation.catalogue.num_items)
+    spec = _spec(scenario, federation)
     label = f"Generator, epsilon {price.epsilon:.2f}" if private else "Generator without privacy"
     _prepare(scenario, federation, price, run_dir, private=private)
-    talk.start(label, scenario.federation.rounds)
+    talk.start(label, first_round(scenario, price, private=private).num_rounds)
     weights = run_federation(
         run_dir,
         engine=scenario.federation.engine,
@@ -167,8 +168,8 @@ def _train(
         privacy_unit=scenario.privacy.unit,
         releases={owner.name: _releases(run_dir, owner.name) for owner in federation.owners},
         max_items_per_user=scenario.data.max_items_per_user,
-        lengths=_released_lengths(run_dir),
-        behaviours=scenario.generator.sequence.behaviours if scenario.generator.kind == "sequence" else (),
+        lengths=_released_lengths(scenario, run_dir),
+        behaviours=_behaviours(scenario),
     )
     save_generator(run_dir / "generator", weights, card, tuple(map(str, federation.catalogue.items)))
     return load_generator(run_dir / "generator")
@@ -178,7 +179,7 @@ def _prepare(scenario: Scenario, federation: Federation, price: Price, run_dir: 
     plan = FederationPlan(
         run_id=f"simulation-seed-{scenario.seed}",
         seed=scenario.seed,
-        spec=spec_of(scenario, federation.catalogue.num_items),
+        spec=_spec(scenario, federation),
         terms=first_round(scenario, price, private=private),
         strategy=scenario.federation.strategy,
         server_learning_rate=scenario.federation.server_learning_rate,
@@ -202,6 +203,7 @@ def _prepare(scenario: Scenario, federation: Federation, price: Price, run_dir: 
             epsilon=ceiling,
             delta=price.delta,
             max_items_per_user=scenario.data.max_items_per_user,
+            behaviours=_behaviours(scenario),
             dpsgd=DpSgd(engine=scenario.dpsgd.engine, device=scenario.dpsgd.device),
         )
         policy.save(folder)
@@ -226,10 +228,19 @@ def _synthesise(scenario: Scenario, generator: Generator) -> Histories:
     )
 
 
-def _released_lengths(run_dir: Path) -> LengthShares | None:
-    """How long histories are, where the run released it."""
+def _spec(scenario: Scenario, federation: Federation) -> GeneratorSpec:
+    has_times = all(owner.training.timestamps is not None for owner in federation.owners)
+    return spec_of(scenario, federation.catalogue.num_items, has_times=has_times)
+
+
+def _behaviours(scenario: Scenario) -> tuple[str, ...]:
+    return scenario.generator.sequence.behaviours if scenario.generator.kind == "sequence" else ()
+
+
+def _released_lengths(scenario: Scenario, run_dir: Path) -> LengthShares | None:
+    """How long histories are, where the run released it; it is of items, so not where behaviours make them events."""
     path = run_dir / SKETCH_FILE
-    if not path.exists():
+    if not path.exists() or _behaviours(scenario):
         return None
     sketch = safetensors.numpy.load_file(path)
     return LengthShares(tuple(sketch["length_edges"].tolist()), tuple(sketch["length_shares"].tolist()))
@@ -387,9 +398,10 @@ def _fingerprint(federation: Federation) -> str:
     digest = hashlib.sha256(federation.catalogue.hash.encode())
     for owner in federation.owners:
         digest.update(owner.name.encode())
-        for part in (owner.split.train, owner.split.fold_in, owner.split.targets):
-            digest.update(part.indptr.tobytes())
-            digest.update(part.items.tobytes())
+        for part in (owner.split.train, owner.split.fold_in, owner.split.targets, owner.training):
+            for values in (part.indptr, part.items, part.timestamps, part.behaviours):
+                if values is not None:
+                    digest.update(values.tobytes())
     return digest.hexdigest()
 
 

@@ -20,17 +20,24 @@ def home_names(spec: GeneratorSpec) -> tuple[str, ...]:
     return tuple(name for name in weight_shapes(spec) if name not in travelling)
 
 
-def load_home_weights(directory: Path, run_id: str, spec: GeneratorSpec, *, before_round: int) -> Weights:
-    """Those that the latest round before ``before_round`` left, or those that every owner begins with.
+def load_home_weights(
+    directory: Path, run_id: str, spec: GeneratorSpec, *, before_round: int, first_round: int
+) -> Weights:
+    """Those that the latest round before ``before_round`` left; in ``first_round`` those that every owner begins with.
 
     Raises:
-        InputError: the file of that round cannot be read.
+        InputError: there are none of an earlier round, or they cannot be read.
     """
     names = home_names(spec)
     if not names:
         return {}
     folder = _folder(directory, run_id)
-    earlier = [path for path in sorted(folder.glob("*.safetensors")) if int(path.stem) < before_round]
+    earlier = [path for path in _rounds(folder) if int(path.stem) < before_round]
+    if not earlier and before_round > first_round:
+        raise InputError(
+            f"{folder} keeps no weights from before round {before_round}: they were lost, this owner joined late, or"
+            " the server asks for a round too far back. Restore the folder from a copy, or take part in a new run."
+        )
     if not earlier:
         first = with_home_weights(spec, {})
         return {name: first[name] for name in names}
@@ -50,8 +57,12 @@ def save_home_weights(directory: Path, run_id: str, weights: Weights, *, server_
         return
     folder = _folder(directory, run_id)
     write_atomically(folder / f"{server_round:05d}.safetensors", safetensors.numpy.save(weights))
-    for old in sorted(folder.glob("*.safetensors"))[:-_KEPT_ROUNDS]:
+    for old in _rounds(folder)[:-_KEPT_ROUNDS]:
         old.unlink(missing_ok=True)
+
+
+def _rounds(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"), key=lambda path: int(path.stem))
 
 
 def _folder(directory: Path, run_id: str) -> Path:

@@ -28,7 +28,7 @@ def save_reply(directory: Path, job: TrainJob, reply: TrainReply) -> None:
     }
     path = _path(directory, job)
     write_atomically(path, safetensors.numpy.save(reply.weights, metadata={"reply": json.dumps(fields)}))
-    for old in sorted(path.parent.glob("*.safetensors"))[:-_KEPT_ROUNDS]:
+    for old in sorted(path.parent.glob("*.safetensors"), key=lambda kept: int(kept.stem))[:-_KEPT_ROUNDS]:
         old.unlink(missing_ok=True)
 
 

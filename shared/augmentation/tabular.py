@@ -65,22 +65,9 @@ def noisy_values(values: npt.ArrayLike, noise: FeatureNoise, *, rng: np.random.G
     return np.rint(noisy) if noise.whole else noisy
 
 
-def noisy_counts(
-    counts: npt.ArrayLike, *, noise_stddev: float, rng: np.random.Generator, whole: bool = False
-) -> FloatArray:
-    """How often each user showed each behaviour, shape ``(num_users, num_behaviours)``, as :func:`noisy_values`.
-
-    Args:
-        noise_stddev: in counts.
-        whole: whether counts stay whole numbers.
-    Guarantee:
-        No count is below 0; clipping there raises the mean of small counts.
-    """
-    return noisy_values(counts, FeatureNoise(noise_stddev=noise_stddev, low=0.0, whole=whole), rng=rng)
-
-
 def noisy_table(table: pa.Table, noise: Mapping[str, FeatureNoise], *, rng: np.random.Generator) -> pa.Table:
-    """``table`` with :func:`noisy_values` in the columns that ``noise`` names; for item attributes or context features.
+    """``table`` with :func:`noisy_values` in the columns that ``noise`` names: counts of behaviours (with
+    ``low=0``), attributes of items, features of a context.
 
     A column keeps its place and its type; one of whole numbers is rounded whatever its noise says, and clipped to what
     its type holds. A missing value stays missing.

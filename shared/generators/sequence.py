@@ -128,13 +128,14 @@ class SequenceModel(GeneratorModel):
         Raises:
             InputError: an item or a behaviour lies outside the spec.
         """
-        largest = 0 if histories.behaviours is None else int(histories.behaviours.max(initial=0))
-        if histories.num_items != self.spec.num_items or largest >= self.spec.num_behaviours:
+        if histories.num_items != self.spec.num_items:
             raise InputError(
-                f"histories of {histories.num_items} items with behaviour codes up to {largest} do not fit a generator"
-                f" of {self.spec.num_items} items and {self.spec.num_behaviours} behaviour(s). Index them by the public"
-                " catalogue and list of behaviours that the generator was planned with."
+                f"histories of {histories.num_items} items do not fit a generator of {self.spec.num_items}. Index them"
+                " by the public catalogue that the generator was planned with."
             )
+        if histories.behaviours is not None:
+            # Left out and not refused: whether there are any is a matter of single users.
+            histories = histories.keep(histories.behaviours < self.spec.num_behaviours)
         return EncodedEvents(histories, histories.gap_buckets(self.spec.gap_edges))
 
     def loss(self, users: Events, *, share_done: float, chance: Chance) -> Tensor:

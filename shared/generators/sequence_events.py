@@ -45,17 +45,21 @@ class Events:
     def window(self, size: int, chance: Chance) -> Self:
         """Up to ``size`` events of each user in a row, from a place drawn for each; all where there are no more.
 
-        What came before a window is not known in it, nor the time since.
+        What came before a window is not known in it, nor the time since. It is ``size`` places wide whoever is in the
+        batch: neither sums nor memory depend on how long others' histories are.
         """
-        if self.items.shape[1] <= size:
-            return self
         spare = (self.lengths - size).clamp(min=0)
         share = torch.from_numpy(chance.uniform(len(self))).to(self.items.device)
         first = (share * (spare + 1)).long().minimum(spare)
         places = first[:, None] + torch.arange(size, device=self.items.device)
+        lengths = self.lengths.clamp(max=size)
+        beyond = torch.arange(size, device=self.items.device) >= lengths[:, None]
+        places = places.clamp(max=self.items.shape[1] - 1)
         items, behaviours, gaps = (part.gather(1, places) for part in (self.items, self.behaviours, self.gaps))
         gaps[:, 0] = -1
-        return type(self)(items, behaviours, gaps, self.lengths.clamp(max=size))
+        return type(self)(
+            items.masked_fill(beyond, 0), behaviours.masked_fill(beyond, 0), gaps.masked_fill(beyond, -1), lengths
+        )
 
     def to(self, device: torch.device) -> Self:
         parts = (self.items, self.behaviours, self.gaps, self.lengths)

@@ -245,7 +245,7 @@ def test_the_words_say_what_leaves_and_what_it_costs():
         " that bound covers it.\n"
         "After every round of training the weights of a vae generator over 12 items (242 numbers, 0.0 MiB) leave this"
         " machine.\n"
-        "No count, loss or row leaves.\n"
+        "No exact count, no loss and no row leaves.\n"
         "Price: epsilon 2 for this run alone, 3 for life once it is over, at delta 0.001."
     )
     assert "NOT private" in a_proposal(noise_seed=7).in_words()

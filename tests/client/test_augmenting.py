@@ -25,7 +25,9 @@ MODES = ("new-users", "tail", "densify", "operators")
 
 def recipe(mode: str, **changes) -> Recipe:
     operators = Operators.parse(["mask:0.3", "insert:0.3"]) if mode == "operators" else None
-    values = {"users": 40, "items_per_user": 5, "operators": operators, "shorter_than": 6, "added": 2}
+    values = {"users": 40, "items_per_user": 5, "operators": operators}
+    if mode == "densify":
+        values |= {"shorter_than": 6, "added": 2}
     return Recipe(mode=mode, **{**values, **changes})
 
 
@@ -278,3 +280,10 @@ def test_a_split_that_is_unclear_is_refused(tmp_path, generator):
 def test_wishes_that_do_not_go_together_are_refused(wish, advice):
     with pytest.raises(InputError, match=advice):
         Recipe(**wish)
+
+
+def test_a_wish_of_another_mode_is_refused():
+    for mode, wish in (("new-users", {"tail": 0.3}), ("tail", {"added": 2}), ("operators", {"shorter_than": 3})):
+        operators = Operators.parse(["mask:0.2"]) if mode == "operators" else None
+        with pytest.raises(InputError, match="belongs to mode"):
+            Recipe(mode=mode, operators=operators, **wish)

@@ -56,7 +56,20 @@ def test_csv_goes_in_and_out(data):
     assert pyarrow.csv.read_csv(out).num_rows == 2 * ROWS
 
 
-@pytest.mark.parametrize("text", ["views", "views:", ":2", "views:much"])
+def test_a_lower_bound_holds(data):
+    _, table = written(data, ["price:5:0"])
+    assert min(table["price"].to_pylist()) == 0
+
+
+def test_ids_that_look_like_numbers_stay_as_they_are(data):
+    path = data.with_suffix(".csv")
+    path.write_text("user,views\n007,1\n010,2\n")
+    out = data.parent / "noisy.parquet"
+    augment_table(path, out, read_noise(["views:0"]), copies=1, form="parquet", seed=0)
+    assert pyarrow.parquet.read_table(out)["user"].to_pylist() == ["007", "010"] * 2
+
+
+@pytest.mark.parametrize("text", ["views", "views:", ":2", "views:much", "views:1:0:2"])
 def test_noise_of_another_form_is_refused(text):
     with pytest.raises(InputError, match="expected COLUMN:STDDEV"):
         read_noise([text])

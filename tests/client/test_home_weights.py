@@ -27,21 +27,30 @@ def test_what_does_not_travel_stays():
 
 
 def test_every_owner_begins_alike(tmp_path):
-    first = load_home_weights(tmp_path, "a-run", LOCAL, before_round=1)
+    first = load_home_weights(tmp_path, "a-run", LOCAL, before_round=1, first_round=1)
     public = initial_weights(LOCAL, 0)
     assert list(first) == list(home_names(LOCAL))
     assert all(np.array_equal(value, public[name]) for name, value in first.items())
-    assert load_home_weights(tmp_path, "a-run", SPEC, before_round=1) == {}
+    assert load_home_weights(tmp_path, "a-run", SPEC, before_round=1, first_round=1) == {}
 
 
 def test_a_round_goes_on_from_the_one_before_it_also_when_asked_again(tmp_path):
     for server_round in (1, 2, 3):
         save_home_weights(tmp_path, "a-run", some(float(server_round)), server_round=server_round)
     for before, expected in ((4, 3.0), (3, 2.0), (2, 1.0)):
-        found = load_home_weights(tmp_path, "a-run", LOCAL, before_round=before)
+        found = load_home_weights(tmp_path, "a-run", LOCAL, before_round=before, first_round=1)
         assert all((value == expected).all() for value in found.values())
-    other = load_home_weights(tmp_path, "another-run", LOCAL, before_round=4)
-    assert not any((value == 3.0).all() for value in other.values())
+    again = load_home_weights(tmp_path, "a-run", LOCAL, before_round=1, first_round=1)
+    assert not any((value == 1.0).all() for value in again.values())
+    with pytest.raises(InputError, match="take part in a new run"):  # which is another run's, not this one's
+        load_home_weights(tmp_path, "another-run", LOCAL, before_round=4, first_round=1)
+
+
+def test_rounds_are_in_the_order_of_their_numbers(tmp_path):
+    for server_round in (99_999, 100_000, 100_001):
+        save_home_weights(tmp_path, "a-run", some(server_round / 1e5), server_round=server_round)
+    found = load_home_weights(tmp_path, "a-run", LOCAL, before_round=100_002, first_round=1)
+    assert all(np.allclose(value, 1.00001, rtol=1e-6) for value in found.values())
 
 
 def test_old_rounds_are_forgotten(tmp_path, monkeypatch):
@@ -56,4 +65,4 @@ def test_a_damaged_file_is_not_replaced_by_a_beginning(tmp_path):
     (path,) = tmp_path.rglob("*.safetensors")
     path.write_bytes(b"torn")
     with pytest.raises(InputError, match="Restore"):
-        load_home_weights(tmp_path, "a-run", LOCAL, before_round=2)
+        load_home_weights(tmp_path, "a-run", LOCAL, before_round=2, first_round=1)

@@ -8,7 +8,7 @@ import pytest
 import client.owner
 from client.egress import EgressError, check_egress
 from client.owner import Owner
-from client.policy import Allowed, Limits, Policy
+from client.policy import Allowed, Approval, Ceilings, Limits, Policy
 from client.rules import Refusal
 from client.store.lifetime import LifetimeLedger
 from shared.errors import BudgetExceeded
@@ -170,3 +170,31 @@ def test_nothing_undeclared_leaves_with_a_sketch(owner):
     ):
         with pytest.raises(EgressError):
             check_egress(replace(reply, weights=spoilt), job, owner=owner.name, simulated=True)
+
+
+def test_a_run_that_changes_its_terms_is_priced_by_what_it_was_charged(tmp_path):
+    """A limit on a whole run holds although each request claims other earlier rounds than there were."""
+    prepare(tmp_path)
+    folder = tmp_path / "owners" / "owner-001"
+    sketch = sketch_of("both")
+    price = epsilon([sketch.release], 0.02)
+    Policy(
+        data_source="owner-001",
+        catalogue_hash=a_job().catalogue_hash,
+        max_users=40,
+        ceilings=Ceilings(epsilon=100.0, delta=0.02),
+        limits=Limits(min_owners=1),
+        approval=Approval(auto_approve=True, auto_epsilon_per_run=1.2 * price, auto_epsilon_total=100.0),
+    ).save(folder)
+    real = Owner(name="owner-001", directory=folder, simulated=False)
+    real.answer(a_sketch_job(1, noise_seed=None, plan=only_sketches(1, (sketch,))))
+    other = replace(sketch, release=replace(sketch.release, noise_multiplier=2.1))
+    cheap = replace(sketch, release=replace(sketch.release, noise_multiplier=50.0))
+    with pytest.raises(Refusal) as told:  # it claims that round 1 was nearly free
+        real.answer(a_sketch_job(2, noise_seed=None, plan=only_sketches(2, (cheap, other))))
+    assert told.value.rule == "not-approved"
+    assert releases(real) == (sketch.release,)
+
+
+def only_sketches(server_round: int, sketches: tuple[SketchTerms, ...]):
+    return terms(server_round=server_round, num_rounds=len(sketches), sketches=sketches, release=None)

@@ -243,6 +243,8 @@ def test_a_refusal_cannot_depend_on_a_user(monkeypatch):
         "client.policy",
         "shared.errors",
         "shared.generators.family",
+        "shared.generators.gan",
+        "shared.generators.sequence",
         "shared.privacy.releases",
         "shared.wire.arrays",
         "shared.wire.messages",

@@ -179,6 +179,12 @@ def test_a_sketch_costs_its_share(data, tmp_path, capsys):
     assert training[0.2] < training[0.7]
 
 
+@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedprox"])
+def test_every_strategy_goes_on_from_a_sketch(strategy, data, tmp_path):
+    record = simulated(data, tmp_path / "run", f"federation.strategy={strategy}", kind="vae, spectral start")
+    assert [entry["server_round"] for entry in record["rounds"]] == [1, 2, 3]
+
+
 def test_the_average_of_the_rounds_is_what_is_delivered(data, tmp_path):
     simulated(data, tmp_path / "last")
     simulated(data, tmp_path / "average", "federation.average_decay=0.9")

@@ -6,8 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.augmentation.tabular import FeatureNoise, noisy_counts, noisy_table, noisy_values
+from shared.augmentation.tabular import FeatureNoise, noisy_table, noisy_values
 from shared.errors import InputError
+
+
+def of_counts(noise_stddev: float, whole: bool) -> FeatureNoise:
+    return FeatureNoise(noise_stddev=noise_stddev, low=0.0, whole=whole)
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -36,11 +40,11 @@ def test_noise_has_the_promised_spread():
 def test_counts_stay_counts(counts, noise_stddev, whole, seed):
     given_counts = np.array(counts)
     before = given_counts.copy()
-    made = noisy_counts(given_counts, noise_stddev=noise_stddev, rng=rng(seed), whole=whole)
+    made = noisy_values(given_counts, of_counts(noise_stddev, whole), rng=rng(seed))
     assert made.shape == given_counts.shape
     assert (made >= 0).all()
     assert np.array_equal(given_counts, before)
-    assert np.array_equal(made, noisy_counts(counts, noise_stddev=noise_stddev, rng=rng(seed), whole=whole))
+    assert np.array_equal(made, noisy_values(counts, of_counts(noise_stddev, whole), rng=rng(seed)))
     if whole:
         assert np.array_equal(made, np.rint(made))
     if noise_stddev == 0:

@@ -362,10 +362,25 @@ def test_dropout_takes_its_chance_from_the_argument_alone(architecture):
         assert not torch.equal(one, made.loss(users, share_done=0.0, chance=Chance.seeded(2)))
 
 
+def test_behaviours_that_the_generator_does_not_know_are_left_out_and_tell_nobody():
+    known, more = histories([9]), histories([9])
+    assert more.behaviours.max() == 1
+    encoded = model(num_behaviours=1).encode(more)
+    assert encoded.histories.items.tolist() == known.items[known.behaviours == 0].tolist()
+
+
+def test_a_batch_is_as_wide_whoever_is_in_it():
+    short, long = histories([2, 3]), histories([2, 3, 9])
+    made = model(max_length=6)
+    for part, drawn in ((short, [0, 1]), (long, [0, 1, 2])):
+        window = made.encode(part).batch(np.array(drawn)).window(6, Chance.seeded(1))
+        assert window.items.shape == (len(drawn), 6)
+        assert window.lengths.tolist()[:2] == [2, 3]
+        assert not window.items[0, 2:].any()
+
+
 def test_histories_that_do_not_fit_are_refused():
-    with pytest.raises(InputError, match=r"behaviour codes up to 1 do not fit .* 1 behaviour"):
-        model(num_behaviours=1).encode(histories([9]))
-    with pytest.raises(InputError, match=r"of 8 items .* of 9 items"):
+    with pytest.raises(InputError, match=r"of 8 items .* generator of 9"):
         model().encode(histories([3], num_items=8))
 
 
