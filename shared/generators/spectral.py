@@ -6,9 +6,7 @@ from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-import scipy.linalg
 import torch
-from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
 from shared.data.histories import Histories
@@ -17,6 +15,7 @@ from shared.errors import InputError
 from shared.generators.bags import Tilt, draw_bags
 from shared.generators.base import GeneratorModel, IntArray, Spec, Weights
 from shared.rng import stream, torch_stream
+from shared.sketch.eigenpairs import largest_eigenpairs
 from shared.sketch.release import Sketch
 
 Floats = npt.NDArray[np.float64]
@@ -31,7 +30,6 @@ _LEARNING_RATE = 0.02
 _MOMENTUM = 0.95
 _NEWTON_STEPS = 8
 _CLOSE_ENOUGH = 1e-4
-_DENSE_UP_TO = 600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,19 +133,9 @@ def item_vectors(sketch: Sketch, size: int) -> Matrix:
     by_chance += shrinkage
     together /= by_chance
     np.fill_diagonal(together, 0.0)
-    values, vectors = _largest_eigenpairs(together, size)
+    values, vectors = largest_eigenpairs(together, size)
     found[:, : len(values)] = vectors * np.sqrt(np.maximum(values, 0.0))
     return found
-
-
-def _largest_eigenpairs(square: Matrix, count: int) -> tuple[Floats, Floats]:
-    if len(square) <= max(_DENSE_UP_TO, count + 1):
-        values, vectors = scipy.linalg.eigh(square.astype(np.float64))
-        return values[-count:], vectors[:, -count:]
-    # A start of our own: by default it comes from global chance.
-    start = np.full(len(square), len(square) ** -0.5, dtype=np.float32)
-    values, vectors = eigsh(square, k=count, which="LA", v0=start, tol=1e-4)
-    return values, vectors
 
 
 class _Fit:

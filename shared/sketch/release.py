@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
-import scipy.linalg
-from scipy.sparse.linalg import eigsh
 
 from shared.errors import InputError
 from shared.files import write_atomically
 from shared.generators.base import IntArray
+from shared.sketch.eigenpairs import largest_eigenpairs
 from shared.sketch.statistic import COOCCURRENCE, LENGTHS, POPULARITY, SCALES, sensitivity, sketch_shapes
 from shared.sketch.terms import SketchTerms
 
@@ -21,7 +20,6 @@ Matrix = npt.NDArray[np.float32]
 Sums = Mapping[str, Floats]
 
 _LARGEST_RANK = 256
-_DENSE_UP_TO = 600
 
 # An item nobody was seen with may be new or hidden by noise: it keeps this part of an average item's share.
 _LEAST_SHARE = 0.02
@@ -171,14 +169,9 @@ def _denoised(square: Matrix, *, noise: float) -> tuple[Matrix, Floats]:
     """
     size = len(square)
     bulk = noise * np.sqrt(size)
-    if size <= _DENSE_UP_TO:
-        values, vectors = scipy.linalg.eigh(square.astype(np.float64))
-    else:
-        # A start of our own: by default it comes from global chance.
-        start = np.full(size, size**-0.5, dtype=np.float32)
-        values, vectors = eigsh(square, k=min(_LARGEST_RANK, size - 1), which="LA", v0=start, tol=1e-4)
-    falling = np.argsort(-values)[:_LARGEST_RANK]
-    values, vectors = values[falling].astype(np.float64), vectors[:, falling]
+    values, vectors = largest_eigenpairs(square, min(_LARGEST_RANK, size))
+    if not len(values):
+        return np.empty((size, 0), np.float32), np.empty(0)
     edge = 2.0 * bulk + _EDGE_MARGIN * noise * size ** (-1 / 6)
     standing = values > max(edge, 1e-6 * values[0])
     values, vectors = values[standing], vectors[:, standing]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shared.dpsgd.chance import Chance
 from shared.errors import InputError
 from shared.privacy.releases import GaussianRelease
-from shared.sketch import release
+from shared.sketch import eigenpairs, release
 from shared.sketch.release import Sketch, choose_head, read_sketch, save_sketch
 from shared.sketch.statistic import compute_sketch, plan_sketches
 from tests.shared.recommenders.planted import planted_users
@@ -100,7 +100,7 @@ def test_shrinkage_is_that_of_a_spike_in_noise():
 
 def test_a_large_head_is_read_by_the_same_rule(monkeypatch):
     dense = sketch_of(noise=2.0)
-    monkeypatch.setattr(release, "_DENSE_UP_TO", 10)
+    monkeypatch.setattr(eigenpairs, "_DENSE_UP_TO", 10)
     iterated = sketch_of(noise=2.0)
     assert iterated.values == pytest.approx(dense.values, rel=1e-3)
     assert np.abs(iterated.vectors - dense.vectors).max() < 0.01
