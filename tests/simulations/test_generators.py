@@ -91,7 +91,7 @@ def model_bytes(run: Path) -> bytes:
     return (run / "generator" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "vae"])  # which test_cli.py runs
 def test_every_kind_runs_charges_what_it_released_and_leaves_users(kind, data, tmp_path, capsys):
     record = simulated(data, tmp_path / "run", kind=kind)
     trains = 0 if kind.startswith("spectral") else ROUNDS
@@ -134,7 +134,7 @@ def test_nothing_held_out_is_in_the_events_of_a_sequence(data, tmp_path):
             assert not set(owner.training.row(user)) & set(owner.split.targets.row(user))
 
 
-@pytest.mark.parametrize("kind", ["vae, spectral start", "gan, discriminators at home", "spectral of a head"])
+@pytest.mark.parametrize("kind", ["vae, spectral start", "gan, discriminators at home"])
 def test_a_run_that_was_killed_ends_like_one_that_was_not(kind, data, tmp_path, monkeypatch):
     simulated(data, tmp_path / "whole", kind=kind)
     keep, calls = server.rounds.save_checkpoint, []
@@ -179,13 +179,6 @@ def test_a_sketch_costs_its_share(data, tmp_path, capsys):
     assert training[0.2] < training[0.7]
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedprox"])
-def test_every_strategy_goes_on_from_a_sketch(strategy, data, tmp_path):
-    record = simulated(data, tmp_path / "run", f"federation.strategy={strategy}", kind="vae, spectral start")
+def test_a_strategy_that_remembers_goes_on_from_a_sketch(data, tmp_path):
+    record = simulated(data, tmp_path / "run", "federation.strategy=fedavgm", kind="vae, spectral start")
     assert [entry["server_round"] for entry in record["rounds"]] == [1, 2, 3]
-
-
-def test_the_average_of_the_rounds_is_what_is_delivered(data, tmp_path):
-    simulated(data, tmp_path / "last")
-    simulated(data, tmp_path / "average", "federation.average_decay=0.9")
-    assert model_bytes(tmp_path / "last") != model_bytes(tmp_path / "average")
