@@ -24,7 +24,7 @@ BEHAVIOURS = ("view", "cart", "buy")
 KINDS: dict[str, list[str]] = {
     "vae": [],
     "vae, spectral start": ["generator.kind=vae", "generator.warm_start=spectral"],
-    "vae, popularity start": ["generator.kind=vae", "generator.warm_start=popularity"],
+    "vae, popularity start": ["generator.warm_start=popularity", "federation.average_decay=0.5"],
     "gan": ["generator.kind=gan", "generator.warm_start=popularity"],
     "gan, discriminators at home": ["generator.kind=gan", "generator.gan.discriminators=local"],
     "sequence": [
@@ -105,6 +105,8 @@ def test_every_kind_runs_charges_what_it_released_and_leaves_users(kind, data, t
         assert len(charged) == num_sketches + trains
         assert owner["epsilon"] == pytest.approx(epsilon(charged, owner["delta"]), abs=1e-6)
         assert 7.5 < owner["epsilon"] <= 8.0
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["average_decay"] == (0.5 if kind == "vae, popularity start" else 0.0)
     generator = load_generator(tmp_path / "run" / "generator")
     assert not generator.card.exportable
     table = pyarrow.parquet.read_table(tmp_path / "run" / "owners" / "owner-01" / "synthetic.parquet")
