@@ -118,7 +118,7 @@ def _windows(histories: Histories, size: int, rng: np.random.Generator) -> Histo
     """``size`` events in a row of each user, from a random place on; all of them where there are fewer."""
     lengths = histories.lengths()
     first = np.floor(rng.random(len(lengths)) * (np.maximum(lengths - size, 0) + 1)).astype(np.int64)
-    place = np.arange(histories.num_interactions) - np.repeat(histories.indptr[:-1] + first, lengths)
+    place = histories.places() - np.repeat(first, lengths)
     return histories.keep((place >= 0) & (place < size))
 
 

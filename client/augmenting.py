@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from client.owned_rows import OwnedRows, read_owned
+from client.owned_rows import TRAIN, OwnedRows, check_out, read_owned
 from shared.augmentation.enrichment import densified, new_users, of_mass, transformed
 from shared.augmentation.filters import coherent, novel, unlike
 from shared.augmentation.lineage import EXPORTABLE, INTERNAL, Form, synthetic_table, write_tables
@@ -24,7 +24,6 @@ from shared.generators.card import Generator, load_generator
 
 Mode = Literal["new-users", "tail", "densify", "operators"]
 
-_TRAIN = "train"
 _PLAIN_BEHAVIOUR = "interaction"
 _NUM_NEIGHBOURS = 20
 _TAIL, _SHORTER_THAN, _ADDED = 0.5, 10, 5  # where a recipe does not say
@@ -143,11 +142,9 @@ def augment(
 
 
 def _check_out(out: Path, data: Path, generator: Path) -> None:
-    same = out.resolve() == data.resolve() or (out.exists() and data.exists() and out.samefile(data))
-    if same or out.resolve().parent == generator.resolve():
+    if out.resolve().parent == generator.resolve():
         raise InputError(f"--out {out} would overwrite what is read. Give another path.")
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}. Create it first.")
+    check_out(out, data)
 
 
 def _added_rows(recipe: Recipe, generator: Generator, owned: OwnedRows, *, seed: int) -> pa.Table:
@@ -234,7 +231,7 @@ def _like(made: pa.Table, real: pa.Table) -> pa.Table:
     fallback = {
         "timestamp": pa.array(places),
         "behaviour": _repeated(_PLAIN_BEHAVIOUR, made.num_rows),
-        "split": _repeated(_TRAIN, made.num_rows),
+        "split": _repeated(TRAIN, made.num_rows),
     }
     return pa.table(
         {name: made.column(name) if name in made.column_names else fallback[name] for name in real.column_names}

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from client.owned_rows import check_out
 from shared.augmentation.lineage import INTERNAL, write_tables
 from shared.augmentation.tabular import FeatureNoise, noisy_table
 from shared.errors import InputError
@@ -34,10 +35,7 @@ def augment_table(
     Raises:
         InputError: the table cannot be read or lacks a column, or ``out`` is ``data``.
     """
-    if out.resolve() == data.resolve() or (out.exists() and data.exists() and out.samefile(data)):
-        raise InputError(f"--out {out} would overwrite what is read. Give another path.")
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}. Create it first.")
+    check_out(out, data)
     real = _read(data, noise)
     if clash := [name for name in _ADDED if name in real.column_names]:
         raise InputError(

@@ -27,9 +27,7 @@ def training_histories(directory: Path, policy: Policy, *, num_items: int) -> Hi
     histories = Histories.load(directory / HISTORIES)
     if policy.opt_out is not None:
         histories = histories.select(~_opted_out(directory, policy.opt_out, histories.num_users))
-    # The newest of each user: places counted from the end of its history.
-    to_come = np.repeat(histories.indptr[1:], histories.lengths()) - np.arange(histories.num_interactions)
-    histories = histories.keep(to_come <= policy.max_items_per_user)
+    histories = histories.newest(policy.max_items_per_user)
     if histories.num_items != num_items:
         raise InputError(
             f"the histories in {directory} are over {histories.num_items} items, the generator has {num_items}: index"

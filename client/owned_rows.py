@@ -18,7 +18,7 @@ from shared.data.readers import read_interactions
 from shared.errors import InputError, LeakError
 from shared.generators.card import Generator
 
-_TRAIN = "train"
+TRAIN = "train"
 _READABLE = (".parquet", ".pq", ".csv", ".tsv", ".txt", ".inter", ".data", ".dat")
 
 
@@ -107,10 +107,18 @@ def _header(data: Path) -> list[str]:
 def _training_rows(rows: Interactions, data: Path) -> np.ndarray[Any, np.dtype[np.bool_]]:
     parts = rows.institutions
     labels = [] if parts is None else parts.labels.to_pylist()
-    if parts is None or _TRAIN not in labels:
-        raise InputError(f"{data}: no row has {_TRAIN} in its column split, but {', '.join(labels[:5]) or 'nothing'}.")
-    is_train: np.ndarray[Any, np.dtype[np.bool_]] = parts.codes == labels.index(_TRAIN)
+    if parts is None or TRAIN not in labels:
+        raise InputError(f"{data}: no row has {TRAIN} in its column split, but {', '.join(labels[:5]) or 'nothing'}.")
+    is_train: np.ndarray[Any, np.dtype[np.bool_]] = parts.codes == labels.index(TRAIN)
     used = rows.keep(is_train).institutions
-    if used is None or set(used.labels.take(pa.array(np.unique(used.codes))).to_pylist()) != {_TRAIN}:
+    if used is None or set(used.labels.take(pa.array(np.unique(used.codes))).to_pylist()) != {TRAIN}:
         raise LeakError(f"{data}: rows that are held out were about to be used. Report this as a bug.")
     return is_train
+
+
+def check_out(out: Path, data: Path) -> None:
+    """Raise InputError where ``out`` would overwrite ``data``, or lies in no folder."""
+    if out.resolve() == data.resolve() or (out.exists() and data.exists() and out.samefile(data)):
+        raise InputError(f"--out {out} would overwrite what is read. Give another path.")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}. Create it first.")

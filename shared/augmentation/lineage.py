@@ -1,7 +1,6 @@
 """Say of every synthetic row where it came from and where it may go."""
 
 import io
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -15,6 +14,7 @@ import pyarrow.parquet
 
 from shared.data.histories import Histories
 from shared.errors import InputError
+from shared.files import replacing
 
 EXPORTABLE, INTERNAL = "exportable", "internal"
 
@@ -106,25 +106,14 @@ def write_tables(path: Path, tables: Iterable[pa.Table], form: Form) -> None:
     if path.is_dir() or not path.parent.is_dir():
         what = "that is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise InputError(f"cannot write {path}: {what}. Name a file in a folder that exists.")
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        with replacing(path) as file:
             _write_tables(file, tables, form)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # or the new name may be lost with the power, although the rows are on the disk
-        finally:
-            os.close(folder)
     except OSError as error:
         raise InputError(
             f"cannot write {path}: {error.strerror or error}. Nothing was half-written; make room or choose another"
             " folder, then ask again: the same seed gives the same users."
         ) from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _coded(codes: Any, texts: pa.Array) -> pa.DictionaryArray:

@@ -137,10 +137,6 @@ def _users(histories: Histories) -> IntArray:
     return np.repeat(np.arange(histories.num_users), histories.lengths())
 
 
-def _places(histories: Histories) -> IntArray:
-    return np.arange(histories.num_interactions) - np.repeat(histories.indptr[:-1], histories.lengths())
-
-
 def _all_but_one(histories: Histories, amounts: IntArray) -> IntArray:
     return np.minimum(amounts, np.maximum(histories.lengths() - 1, 0))
 
@@ -149,7 +145,7 @@ def _chosen(histories: Histories, amounts: IntArray, rng: np.random.Generator) -
     """A mask of so many interactions of each user, all choices equally likely."""
     order = np.lexsort((rng.random(histories.num_interactions), _users(histories)))
     chosen = np.empty(histories.num_interactions, dtype=bool)
-    chosen[order] = _places(histories) < np.repeat(amounts, histories.lengths())
+    chosen[order] = histories.places() < np.repeat(amounts, histories.lengths())
     return chosen
 
 
@@ -159,7 +155,7 @@ def _windows(lengths: IntArray, sizes: IntArray, rng: np.random.Generator) -> In
 
 
 def _crop(histories: Histories, amounts: IntArray, rng: np.random.Generator) -> Histories:
-    lengths, places = histories.lengths(), _places(histories)
+    lengths, places = histories.lengths(), histories.places()
     sizes = lengths - _all_but_one(histories, amounts)
     starts = _windows(lengths, sizes, rng)
     first, end = np.repeat(starts, lengths), np.repeat(starts + sizes, lengths)
@@ -167,7 +163,7 @@ def _crop(histories: Histories, amounts: IntArray, rng: np.random.Generator) -> 
 
 
 def _reorder(histories: Histories, sizes: IntArray, rng: np.random.Generator) -> Histories:
-    lengths, places = histories.lengths(), _places(histories)
+    lengths, places = histories.lengths(), histories.places()
     starts = _windows(lengths, sizes, rng)
     first, size = np.repeat(starts, lengths), np.repeat(sizes, lengths)
     within = (places >= first) & (places < first + size)

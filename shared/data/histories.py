@@ -116,6 +116,10 @@ class Histories:
         kept = np.concatenate([[0], np.cumsum(mask)])[self.indptr]
         return self._taken(kept.astype(np.int64), mask)
 
+    def places(self) -> IntArray:
+        """Each interaction's place in its user's history, from 0, shape ``(num_interactions,)``."""
+        return np.arange(self.num_interactions) - np.repeat(self.indptr[:-1], self.lengths())
+
     def newest(self, count: int) -> "Histories":
         """The last ``count`` interactions of each user; every user stays."""
         return self.keep(np.repeat(self.indptr[1:], self.lengths()) - np.arange(self.num_interactions) <= count)

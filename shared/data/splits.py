@@ -152,7 +152,7 @@ def _by_last(histories: Histories) -> Split:
     test_users = np.flatnonzero(lengths >= 2)
     if len(test_users) == 0:
         raise InputError('study.holdout = "last" needs a user with 2 or more items; there is none.')
-    is_last = (_places(histories) == np.repeat(lengths, lengths) - 1) & (np.repeat(lengths, lengths) >= 2)
+    is_last = (histories.places() == np.repeat(lengths, lengths) - 1) & (np.repeat(lengths, lengths) >= 2)
     train = histories.keep(~is_last)
     everyone = np.arange(histories.num_users)
     split = Split(train, train.select(test_users), histories.keep(is_last).select(test_users), everyone)
@@ -186,19 +186,14 @@ def show_part(histories: Histories, share: float, *, rng: np.random.Generator | 
     """
     lengths = histories.lengths()
     num_shown = np.clip(np.rint(share * lengths), 1, lengths - 1).astype(np.int64)
-    place = _places(histories)
+    place = histories.places()
     if rng is not None:
         users = np.repeat(np.arange(histories.num_users), lengths)
         order = np.lexsort((rng.random(len(users)), users))
         place = np.empty(len(users), dtype=np.int64)
-        place[order] = _places(histories)
+        place[order] = histories.places()
     shown = place < np.repeat(num_shown, lengths)
     return histories.keep(shown), histories.keep(~shown)
-
-
-def _places(histories: Histories) -> IntArray:
-    """Each interaction's place in its user's history, from 0."""
-    return np.arange(histories.num_interactions) - np.repeat(histories.indptr[:-1], histories.lengths())
 
 
 def _keys(histories: Histories) -> IntArray:
